@@ -1,0 +1,154 @@
+"""Every setting of the program: one dataclass a section, filled from a YAML file and overridden on the command line.
+
+Imports nothing heavy, so that ``--help`` answers at once. Ranges are checked when a section is made.
+"""
+
+from dataclasses import dataclass, field
+
+from .errors import ConfigError
+
+SAMPLERS = ("sequential", "assd", "assd-ngram", "parallel")
+
+
+def _require(ok: bool, name: str, value: object, rule: str) -> None:
+    if not ok:
+        raise ConfigError(f"{name} must be {rule}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """How masked tokens are drawn.
+
+    Args:
+        name: sequential (one token a call), assd (self draft), assd-ngram (context bigram draft) or parallel (biased baseline).
+        k: tokens drafted a round (assd, assd-ngram) or drawn a call (parallel).
+        temperature: of the distribution that is sampled from, above 0.
+        greedy: always the most likely token.
+        bonus_token: after k accepted drafts, draw one more from the verification pass.
+        banned_ids: token ids that are never drawn; the mask token always is one.
+    """
+
+    name: str = "assd"
+    k: int = 5
+    temperature: float = 1.0
+    greedy: bool = False
+    bonus_token: bool = True
+    banned_ids: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        _require(self.name in SAMPLERS, "sampler", self.name, f"one of {', '.join(SAMPLERS)}")
+        _require(self.k >= 1, "k", self.k, "at least 1")
+        _require(self.temperature > 0, "temperature", self.temperature, "above 0 (for the most likely token use greedy)")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Training text.
+
+    Args:
+        files: JSON lines (.jsonl, .jsonl.gz; one object with "text" a line) or raw text; environment variables are expanded.
+        valid_file: held-out text for the likelihood table.
+        source_weights: how often a document of a source appears in an epoch, by pattern over its "source".
+        max_length: tokens in a packed row.
+    """
+
+    files: list[str] = field(default_factory=list)
+    valid_file: str | None = None
+    source_weights: dict[str, float] = field(default_factory=dict)
+    max_length: int = 512
+
+    def __post_init__(self):
+        _require(self.max_length >= 2, "data.max_length", self.max_length, "at least 2")
+
+
+@dataclass(frozen=True)
+class MaskingConfig:
+    """Share of a row's tokens that is predicted: uniform in a range that moves from start to final over warmup_steps (paper, section 5)."""
+
+    start_low: float = 0.15
+    start_high: float = 0.15
+    final_low: float = 0.85
+    final_high: float = 0.99
+    warmup_steps: int = 5000
+
+    def __post_init__(self):
+        for which in ("start", "final"):
+            low, high = getattr(self, f"{which}_low"), getattr(self, f"{which}_high")
+            _require(0 < low <= high < 1, f"masking.{which}_low..{which}_high", (low, high), "a range inside (0, 1)")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up and linear decay to zero at the last step.
+
+    Args:
+        steps: optimiser steps.
+        rows_per_step: packed rows per optimiser step.
+        rows_per_pass: rows per forward pass (gradient accumulation over the rest); must divide rows_per_step.
+        precision: bf16 (autocast) or fp32.
+    """
+
+    lr: float = 1e-5
+    weight_decay: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.999
+    steps: int = 100_000
+    warmup_steps: int = 5000
+    grad_clip: float = 1.0
+    rows_per_step: int = 32
+    rows_per_pass: int = 32
+    precision: str = "bf16"
+
+    def __post_init__(self):
+        _require(self.lr > 0, "optimizer.lr", self.lr, "above 0")
+        _require(self.steps >= 1, "optimizer.steps", self.steps, "at least 1")
+        _require(self.rows_per_pass >= 1, "optimizer.rows_per_pass", self.rows_per_pass, "at least 1")
+        _require(
+            self.rows_per_step % self.rows_per_pass == 0,
+            "optimizer.rows_per_step",
+            self.rows_per_step,
+            f"a multiple of rows_per_pass ({self.rows_per_pass})",
+        )
+        _require(self.precision in ("bf16", "fp32"), "optimizer.precision", self.precision, "bf16 or fp32")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run.
+
+    Args:
+        output_dir: receives config.yaml, metrics.jsonl, checkpoints/ and final/.
+        model: start from this embedded name, folder or Hub id; without it, from random weights by architecture.
+        revision: of a Hub id.
+        tokenizer: folder or Hub id with a tokenizer.json (default: the model's own).
+        architecture: XLNetConfig fields for a model from scratch (d_model, n_layer, n_head, d_inner, ...).
+        data: training text.
+        masking: masking-rate range.
+        optimizer: optimiser and batch.
+        seed: of weights, rows and orders.
+        resume: go on from the newest checkpoint in output_dir.
+        checkpoint_every: steps between checkpoints.
+        log_every: steps between lines of metrics.jsonl.
+        num_threads: CPU threads (default: all).
+    """
+
+    output_dir: str
+    model: str | None = None
+    revision: str = "main"
+    tokenizer: str | None = None
+    architecture: dict[str, int | float | str] = field(default_factory=dict)
+    data: DataConfig = field(default_factory=DataConfig)
+    masking: MaskingConfig = field(default_factory=MaskingConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    seed: int = 0
+    resume: bool = False
+    checkpoint_every: int = 500
+    log_every: int = 10
+    num_threads: int | None = None
+
+    def __post_init__(self):
+        _require(bool(self.data.files), "data.files", self.data.files, "a list of at least one file")
+        if self.model is None and not (self.architecture and self.tokenizer):
+            raise ConfigError("training needs a model to start from, or an architecture and a tokenizer")
+        if self.model is not None and self.architecture:
+            raise ConfigError(f"model {self.model!r} fixes the architecture; remove the architecture section")

@@ -1,0 +1,63 @@
+"""Joint and conditional log-probabilities in one pass (paper, section 4).
+
+Training's loss, scoring and every evaluation that needs a probability are this one computation: content rows for all tokens, a query row
+for every masked rank with its own rank as limit.
+"""
+
+import torch
+from torch.nn import functional as F
+
+from .law import Law
+from .model import AnySubsetLM
+from .orders import Order, content_limit, rows_at_ranks
+
+PROJECTION_ROWS = 2048  # how many [rows, vocabulary] logits a scoring pass holds at a time
+
+
+def target_states(model: AnySubsetLM, ids_BN: torch.Tensor, order: Order) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden states [T, E] of all masked tokens of the batch, and their flat indices [T] into ``ids_BN``.
+
+    Targets come sequence by sequence, each in order of rank. What ``ids_BN`` holds at a masked position enters only the rows that may see it.
+    """
+    B, N = ids_BN.shape
+    query = rows_at_ranks(order, order.n_visible_B, order.length_B, int(order.n_masked_B.max()))
+    position_BN = torch.arange(N, device=ids_BN.device).expand(B, N)
+    hidden_BQE = model(
+        ids_BN,
+        torch.cat([position_BN, query.position_BR], dim=1),
+        torch.cat([content_limit(order, order.rank_BN), query.limit_BR], dim=1),
+        order.rank_BN,
+    )
+    flat_BQ = torch.arange(B, device=ids_BN.device)[:, None] * N + query.position_BR
+    return hidden_BQE[query.valid_BR], flat_BQ[query.valid_BR]
+
+
+def negative_log_likelihood(model: AnySubsetLM, ids_BN: torch.Tensor, order: Order) -> tuple[torch.Tensor, int]:
+    """Sum over all masked tokens of -log p(token | what precedes it in the order), in nats, and their number.
+
+    Differentiable; this is the joint training objective (paper, equation 6).
+    """
+    hidden_TE, flat_T = target_states(model, ids_BN, order)
+    return F.cross_entropy(model.logits(hidden_TE).float(), ids_BN.flatten()[flat_T], reduction="sum"), len(flat_T)
+
+
+@torch.no_grad()
+def conditional_log_probs(
+    model: AnySubsetLM, ids_BN: torch.Tensor, order: Order, law: Law | None = None
+) -> torch.Tensor:
+    """Log-probability [B, N], float64, of each masked token given what precedes it in the order; 0 at given positions and padding.
+
+    ``law`` is the law to score under (default: the model's own, temperature 1, nothing banned).
+    """
+    law = law or Law()
+    hidden_TE, flat_T = target_states(model, ids_BN, order)
+    logp_X = torch.zeros(ids_BN.numel(), dtype=torch.float64, device=ids_BN.device)
+    for hidden_CE, flat_C in zip(hidden_TE.split(PROJECTION_ROWS), flat_T.split(PROJECTION_ROWS), strict=True):
+        logp_CV = law.log_probs(model.logits(hidden_CE))
+        logp_X[flat_C] = logp_CV.gather(1, ids_BN.flatten()[flat_C, None]).squeeze(1)
+    return logp_X.view_as(ids_BN)
+
+
+def joint_log_prob(model: AnySubsetLM, ids_BN: torch.Tensor, order: Order, law: Law | None = None) -> torch.Tensor:
+    """Joint log-probability [B], float64, in nats, of the masked tokens given the visible ones."""
+    return conditional_log_probs(model, ids_BN, order, law).sum(1)

@@ -1,0 +1,37 @@
+"""What a user can get wrong, as exceptions whose message names the offending value and the remedy.
+
+Every class derives from :class:`UserError`. The command line prints the message alone and exits with status 2; a
+library caller sees an ordinary ``ValueError``.
+"""
+
+
+class UserError(ValueError):
+    """Something the caller can put right. The message says what was wrong and what to do."""
+
+
+class ConfigError(UserError):
+    """A setting that is out of range, or settings that contradict each other."""
+
+
+class ModelNotFoundError(UserError):
+    """No model or tokenizer at that name, path or revision."""
+
+
+class CheckpointMismatchError(UserError):
+    """A checkpoint whose parameters are not the ones that its configuration describes."""
+
+
+class TextError(UserError):
+    """A text that cannot be used as asked (no ``<mask>``, empty, or not representable in the vocabulary)."""
+
+
+class DataFileError(UserError):
+    """A data file that is missing, unreadable, empty or malformed."""
+
+
+class OutputDirError(UserError):
+    """An output folder that cannot be created or written, or that belongs to another run."""
+
+
+class MemoryBudgetError(UserError):
+    """A computation that would not fit into the memory that is free."""

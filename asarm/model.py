@@ -1,0 +1,191 @@
+"""AnySubsetLM: rows in, hidden states and logits out.
+
+The network of XLNet (two-stream attention, relative positions) with the parameter names of Hugging Face's ``XLNetLMHeadModel``: any XLNet
+checkpoint loads here and any checkpoint of ours loads there. What differs is the interface: instead of a permutation mask over a whole
+sequence, a call computes the *rows* it is asked for (see :mod:`asarm.orders`), against a cache where there is one.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel, XLNetConfig
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+
+from .attention import RelativeAttention, relative_encoding
+from .cache import SlotCache
+from .errors import CheckpointMismatchError, ConfigError, ModelNotFoundError
+from .orders import may_attend
+
+XLNET_MASK_ID = 6
+ASSETS = Path(__file__).parent / "assets"
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: XLNetConfig):
+        super().__init__()
+        self.layer_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
+        self.layer_1 = nn.Linear(config.d_model, config.d_inner)
+        self.layer_2 = nn.Linear(config.d_inner, config.d_model)
+        self.dropout = nn.Dropout(config.dropout)
+        self.activation = ACT2FN[config.ff_activation]
+
+    def forward(self, x_BRE: torch.Tensor) -> torch.Tensor:
+        inner_BRF = self.dropout(self.activation(self.layer_1(x_BRE)))
+        return self.layer_norm(x_BRE + self.dropout(self.layer_2(inner_BRF)))
+
+
+class Layer(nn.Module):
+    def __init__(self, config: XLNetConfig):
+        super().__init__()
+        self.rel_attn = RelativeAttention(config)
+        self.ff = FeedForward(config)
+
+
+class Trunk(nn.Module):
+    """Embeddings and layers (``transformer.*`` in the checkpoint)."""
+
+    def __init__(self, config: XLNetConfig):
+        super().__init__()
+        self.word_embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.mask_emb = nn.Parameter(torch.empty(1, 1, config.d_model))
+        self.layer = nn.ModuleList(Layer(config) for _ in range(config.n_layer))
+
+
+class AnySubsetLM(PreTrainedModel):
+    """Any-subset autoregressive language model on the XLNet architecture.
+
+    ``config`` is an ``XLNetConfig`` with bidirectional attention; an optional ``mask_token_id`` (default 6, XLNet's) names the token that
+    is never drawn.
+    """
+
+    config_class = XLNetConfig
+    base_model_prefix = "transformer"
+    _tied_weights_keys = {"lm_loss.weight": "transformer.word_embedding.weight"}
+
+    def __init__(self, config: XLNetConfig):
+        if config.attn_type != "bi" or config.bi_data:
+            raise ConfigError(
+                f"an any-subset model needs attn_type 'bi' and bi_data false, got {config.attn_type!r} and {config.bi_data}"
+            )
+        super().__init__(config)
+        self.transformer = Trunk(config)
+        self.lm_loss = nn.Linear(config.d_model, config.vocab_size)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, RelativeAttention):
+            for parameter in module.parameters(recurse=False):
+                init.normal_(parameter, mean=0.0, std=std)
+        elif isinstance(module, Trunk):
+            init.normal_(module.mask_emb, mean=0.0, std=std)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.transformer.word_embedding
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.transformer.word_embedding = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_loss
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.lm_loss = value
+
+    @property
+    def mask_token_id(self) -> int:
+        return getattr(self.config, "mask_token_id", XLNET_MASK_ID)
+
+    def relative_keys(self, length: int) -> torch.Tensor:
+        """Each layer's relative-position keys for sequences of ``length``, [L, H, 2N-1, D]."""
+        encoding_PE = relative_encoding(length, self.config.d_model, self.config.clamp_len, self.device)
+        encoding_PE = F.dropout(encoding_PE.to(self.dtype), self.config.dropout, self.training)
+        return torch.stack([layer.rel_attn.relative_key(encoding_PE) for layer in self.transformer.layer])
+
+    def forward(
+        self,
+        ids_BC: torch.Tensor,
+        position_BR: torch.Tensor,
+        limit_BR: torch.Tensor,
+        rank_BN: torch.Tensor,
+        cache: SlotCache | None = None,
+    ) -> torch.Tensor:
+        """Hidden states [B, Q, E] of the query rows.
+
+        The first C rows are content rows and carry ``ids_BC``; the remaining Q = R - C are query rows. Row r sits at ``position_BR`` and sees every
+        slot whose ``rank_BN`` is below its ``limit_BR``; one that sees nothing has zero attention output.
+        With a ``cache``, content rows are written to its slots and rows attend to all of them; without one, the content rows must
+        be all N positions in order.
+        """
+        C, N = ids_BC.shape[1], rank_BN.shape[1]
+        if cache is None and C != N:
+            raise ConfigError(f"without a cache a call needs all {N} content rows in order, got {C}")
+        may_BRN = may_attend(rank_BN, limit_BR)
+        shift_BR = N - 1 - position_BR.clamp(max=N - 1)
+        relative_LHPD = self.relative_keys(N) if cache is None else cache.relative_key_LHPD
+
+        content_BCE = self.transformer.word_embedding(ids_BC)
+        query_BQE = self.transformer.mask_emb.expand(ids_BC.shape[0], position_BR.shape[1] - C, -1)
+        x_BRE = self._drop(torch.cat([content_BCE, query_BQE], dim=1))
+        for index, layer in enumerate(self.transformer.layer):
+            key_BHND, value_BHND = layer.rel_attn.key_value(x_BRE[:, :C])
+            if cache is not None:
+                key_BHND, value_BHND = cache.write(index, position_BR[:, :C], key_BHND, value_BHND)
+            if index == self.config.n_layer - 1:  # nothing reads the content rows' last hidden states
+                x_BRE, may_BRN, shift_BR = x_BRE[:, C:], may_BRN[:, C:], shift_BR[:, C:]
+            x_BRE = layer.rel_attn(x_BRE, key_BHND, value_BHND, relative_LHPD[index], may_BRN, shift_BR)
+            x_BRE = layer.ff(x_BRE)
+        return self._drop(x_BRE)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Vocabulary projection, for the rows that need it: [..., E] -> [..., V]."""
+        return self.lm_loss(hidden)
+
+    def _drop(self, x: torch.Tensor) -> torch.Tensor:
+        return F.dropout(x, self.config.dropout, self.training)
+
+    @classmethod
+    def from_pretrained(cls, name_or_path, *args, revision: str = "main", dtype=torch.float32, **kwargs):
+        """Load an embedded checkpoint (``tiny-english``), a local folder, or a Hub id at a ``revision``.
+
+        Weights are float32 unless ``dtype`` says otherwise. Raises :class:`ModelNotFoundError` for a name that does not resolve and
+        :class:`CheckpointMismatchError` where the weights are not exactly those that the configuration describes.
+        """
+        path = resolve_model(name_or_path)
+        want_info = kwargs.pop("output_loading_info", False)
+        try:
+            model, info = super().from_pretrained(
+                path, *args, revision=revision, dtype=dtype, output_loading_info=True, **kwargs
+            )
+        except OSError as error:
+            raise ModelNotFoundError(
+                f"no model {str(name_or_path)!r} at revision {revision!r}: give an embedded name "
+                f"({', '.join(embedded_models())}), a folder with config.json and model.safetensors, or a Hub id and a revision "
+                f"that exist ({error})"
+            ) from error
+        except RuntimeError as error:
+            raise CheckpointMismatchError(f"checkpoint {str(name_or_path)!r} does not fit: {error}") from error
+        wrong = {kind: sorted(info[kind]) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]}
+        if wrong:
+            raise CheckpointMismatchError(
+                f"checkpoint {str(name_or_path)!r} does not hold the parameters of its config.json: {wrong}"
+            )
+        return (model, info) if want_info else model
+
+
+def embedded_models() -> list[str]:
+    """Names of the checkpoints that come with the package."""
+    return sorted(path.parent.name for path in ASSETS.glob("*/config.json"))
+
+
+def resolve_model(name_or_path: str | Path) -> str:
+    """The folder of an embedded checkpoint or local path, or the Hub id as it was given."""
+    name = str(name_or_path)
+    if name in embedded_models():
+        return str(ASSETS / name)
+    return name

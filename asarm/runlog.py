@@ -1,0 +1,63 @@
+"""What a run leaves behind: its output folder, metrics and records line by line, provenance."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+from .errors import OutputDirError
+
+
+def prepare_output_dir(name: str) -> Path:
+    """Create the folder and prove that it can be written, before any long work starts."""
+    path = Path(os.path.expanduser(os.path.expandvars(name)))
+    probe = path / f".write-test-{os.getpid()}"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise OutputDirError(f"cannot write to output_dir {str(path)!r}: {error}; choose another with --output_dir") from error
+    return path
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Replace a file as a whole: a reader, or a crash, sees the old contents or the new ones."""
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def write_json(path: Path, value: object) -> None:
+    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def append_line(path: Path, record: dict) -> None:
+    """Append one JSON record and hand it to the operating system."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def provenance() -> dict:
+    """Commit, versions, machine and command of this run."""
+    import torch
+    import transformers
+
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    return {
+        "commit": commit,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": device,
+    }

@@ -1,0 +1,117 @@
+"""The training loop: rows, joint loss, AdamW, metrics, checkpoints."""
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers import XLNetConfig
+
+from ..config import TrainConfig
+from ..data.packing import PackedRows
+from ..data.sources import read_documents
+from ..errors import ConfigError, OutputDirError
+from ..model import AnySubsetLM
+from ..runlog import append_line, prepare_output_dir, provenance, write_json
+from ..tokenizer import TextTokenizer
+from .checkpoint import checkpoints, load_newest, save_checkpoint
+from .objective import accumulate_gradients, step_batch
+from .schedule import lr_factor, masking_range
+
+
+def build_model(config: TrainConfig, vocab_size: int) -> AnySubsetLM:
+    """The model to start from: a checkpoint, or random weights by ``architecture``, seeded."""
+    if config.model is not None:
+        model = AnySubsetLM.from_pretrained(config.model, revision=config.revision)
+        if vocab_size > model.config.vocab_size:
+            raise ConfigError(f"the tokenizer has {vocab_size} pieces, the model only {model.config.vocab_size}")
+        return model
+    torch.manual_seed(config.seed)
+    return AnySubsetLM(XLNetConfig(**{"vocab_size": vocab_size, "mem_len": None, **config.architecture}))
+
+
+def build_optimizer(model: AnySubsetLM, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW; weight decay on matrices only."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.optimizer.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    o = config.optimizer
+    return torch.optim.AdamW(groups, lr=o.lr, betas=(o.beta1, o.beta2), fused=True)
+
+
+def train(config: TrainConfig) -> Path:
+    """Run (or, with ``resume``, go on with) a training run; returns the folder of the final checkpoint."""
+    out = prepare_output_dir(config.output_dir)
+    if not config.resume and (checkpoints(out / "checkpoints") or (out / "final").exists()):
+        raise OutputDirError(f"{out} already holds a run; go on with it with --resume true, or choose another --output_dir")
+    documents = [d for name in config.data.files for d in read_documents(name)]
+    tokenizer = TextTokenizer.from_pretrained(config.tokenizer or config.model, config.revision)
+    if config.num_threads:
+        torch.set_num_threads(config.num_threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = build_model(config, len(tokenizer)).to(device).train()
+    optimizer = build_optimizer(model, config)
+    start = restore(out, config, model, optimizer) if config.resume else 0
+    rows = PackedRows(documents, tokenizer, config.data.max_length, config.seed, config.data.source_weights)
+
+    write_json(out / "provenance.json", provenance() | {"first_step": start})
+    _steps(config, out, model, optimizer, rows, start)
+    final = out / "final"
+    model.eval().save_pretrained(final)
+    tokenizer.backend.save(str(final / "tokenizer.json"))
+    return final
+
+
+def restore(out: Path, config: TrainConfig, model: AnySubsetLM, optimizer: torch.optim.Optimizer) -> int:
+    """Load the newest checkpoint of the run, if any; returns the step to go on with."""
+    state = load_newest(out / "checkpoints")
+    if state is None:
+        return 0
+    free = {"resume", "output_dir", "num_threads", "checkpoint_every", "log_every"}
+    now = asdict(config)
+    changed = [key for key in now if key not in free and now[key] != state["config"][key]]
+    if changed:
+        raise ConfigError(
+            f"{out} was trained with other settings of {', '.join(changed)}; restore them, or choose another --output_dir"
+        )
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["torch_rng"])
+    return state["step"]
+
+
+def _steps(config: TrainConfig, out: Path, model, optimizer, rows: PackedRows, start: int) -> None:
+    o, n_rows = config.optimizer, config.optimizer.rows_per_step
+    bar = tqdm(total=o.steps, initial=start, unit="step", desc="train", smoothing=0.05)
+    clock, clock_step = time.perf_counter(), start
+    for step in range(start, o.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = o.lr * lr_factor(step, o)
+        batch = step_batch(rows, step, n_rows, config.masking, config.seed)
+        loss = accumulate_gradients(model, batch, o.rows_per_pass, o.precision)
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), o.grad_clip).item()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        bar.update()
+        done = step + 1
+        if done % config.log_every == 0 or done == o.steps:
+            seconds = time.perf_counter() - clock
+            low, high = masking_range(step, config.masking)
+            record = {
+                "step": done,
+                "loss": loss,
+                "grad_norm": grad_norm,
+                "lr": o.lr * lr_factor(step, o),
+                "masking_low": low,
+                "masking_high": high,
+                "tokens_per_second": (done - clock_step) * n_rows * rows.max_length / seconds,
+            }
+            append_line(out / "metrics.jsonl", record)
+            bar.set_postfix(loss=f"{loss:.3f}", tok_s=f"{record['tokens_per_second']:.0f}")
+            clock, clock_step = time.perf_counter(), done
+        if done % config.checkpoint_every == 0 or done == o.steps:
+            save_checkpoint(out / "checkpoints", done, model, optimizer, asdict(config))
+    bar.close()
