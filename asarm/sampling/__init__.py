@@ -1,0 +1,1 @@
+"""Samplers: one token a call, any-subset speculative decoding, and the biased parallel baseline."""
