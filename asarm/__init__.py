@@ -1,0 +1,33 @@
+"""asarm: any-subset autoregressive models, sampled in parallel without changing their distribution.
+
+Reading order, each module importing only from those above it: errors, config, rng, tokenizer, orders, attention, cache, model, memory, law, density,
+sampling/, infill, data/, train/, evals/, runlog, cli.
+
+Shape suffixes: B batch, N positions (slots), S positions and the scratch slot, R rows, C content rows, Q query rows, T targets, K drafted tokens,
+H heads, D head dimension, E model width, F feed-forward width, P relative positions (2N-1), V vocabulary, L layers. A 1 is a dimension of size one, an X a
+flattened one.
+"""
+
+import importlib
+
+_PUBLIC = {
+    "AnySubsetLM": "model",
+    "Completion": "sampling.decoding",
+    "Law": "law",
+    "Order": "orders",
+    "SamplerConfig": "config",
+    "TextTokenizer": "tokenizer",
+    "UserError": "errors",
+    "conditional_log_probs": "density",
+    "infill": "infill",
+    "joint_log_prob": "density",
+    "sample": "sampling.sample",
+}
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str):
+    """Import a public name when it is first used: ``python -m asarm --help`` must not wait for torch."""
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_PUBLIC[name]}", __name__), name)

@@ -83,11 +83,9 @@ class TextTokenizer:
 
     def encode_masked(self, text: str) -> MaskedText:
         """Encode a text with ``<mask>`` (one token) and ``<mask:n>`` (n tokens) gaps."""
-        matches = list(GAP.finditer(text))
-        if not matches:
-            raise TextError(f"the text has no <mask> or <mask:n>: {text[:60]!r}; mark what is to be filled in")
+        require_gap(text)
         ids, visible, pieces, gaps, end = [], [], [], [], 0
-        for match in matches:
+        for match in GAP.finditer(text):
             length = int(match[1] or 1)
             if length < 1:
                 raise TextError(f"{match[0].strip()!r} asks for no token; a gap needs at least one")
@@ -109,6 +107,12 @@ class TextTokenizer:
             whole = self.decode(before + ids[gap.start : gap.stop])
             parts += [whole[len(self.decode(before)) :], piece]
         return "".join(parts)
+
+
+def require_gap(text: str) -> None:
+    """Raise :class:`TextError` for a text with nothing to fill in."""
+    if not GAP.search(text):
+        raise TextError(f"the text has no <mask> or <mask:n>: {text[:60]!r}; mark what is to be filled in")
 
 
 def _download(name: str, revision: str) -> str:

@@ -38,32 +38,33 @@ def bigram_draft(state: Decoding) -> Draft:
     """
     k, N = state.config.k, state.order.rank_BN.shape[1]
     rows = state.rows(state.settled_B, state.settled_B + k, k)
-    known_BN = state.order.rank_BN < state.settled_B[:, None]
-    ids_BN = state.ids_BS[:, :N].clone()
+    uniform_BK = state.uniforms(state.draft_uniform_BN, rows)
     state.aux_nfe_B += rows.valid_BR.any(dim=1)
-    probs = []
-    for j in range(k):
-        position_B1 = rows.position_BR[:, j : j + 1].clamp(max=N - 1)
-        left_B1 = (position_B1 - 1).clamp(min=0)
-        drafted_BN = state.order.rank_BN < (state.settled_B + j)[:, None]
-        left_known_B1 = drafted_BN.gather(1, left_B1) & (position_B1 > 0)
-        follows_BN = torch.zeros_like(known_BN)
-        follows_BN[:, 1:] = known_BN[:, 1:] & known_BN[:, :-1] & (ids_BN[:, :-1] == ids_BN.gather(1, left_B1)) & left_known_B1
-        probs_BV = _backed_off_probs(state, ids_BN, [follows_BN, known_BN])
-        uniform_B = state.uniforms(state.draft_uniform_BN, rows)[:, j]
-        drawn_B1 = draw(probs_BV, uniform_B)[:, None]
-        ids_BN.scatter_(1, position_B1, torch.where(rows.valid_BR[:, j : j + 1], drawn_B1, ids_BN.gather(1, position_B1)))
-        probs.append((drawn_B1, probs_BV))
-    return Draft(rows, torch.cat([d for d, _ in probs], dim=1), torch.stack([p for _, p in probs], dim=1))
+    rank_BN, ids_BS = state.order.rank_BN, state.ids_BS.clone()
+    left_BM, right_BM = ids_BS[:, : N - 1], ids_BS[:, 1:N]
+    settled_BN = rank_BN < state.settled_B[:, None]
+    settled_pair_BM = settled_BN[:, :-1] & settled_BN[:, 1:]
 
-
-def _backed_off_probs(state: Decoding, ids_BN: torch.Tensor, counted: list[torch.Tensor]) -> torch.Tensor:
-    """Relative token frequencies [B, V] over the first mask of ``counted`` that leaves any; uniform if none does."""
-    V = state.model.config.vocab_size
-    allowed_V = torch.ones(V, dtype=torch.float64, device=ids_BN.device)
+    allowed_V = torch.ones(state.model.config.vocab_size, dtype=torch.float64, device=ids_BS.device)
     allowed_V[list(state.law.banned_ids)] = 0
-    weight_BV = allowed_V.expand(len(ids_BN), V)
-    for mask_BN in reversed(counted):
-        count_BV = torch.zeros_like(weight_BV).scatter_add_(1, ids_BN, mask_BN.double()) * allowed_V
-        weight_BV = torch.where(count_BV.sum(1, keepdim=True) > 0, count_BV, weight_BV)
-    return weight_BV / weight_BV.sum(1, keepdim=True)
+    nothing_BV = allowed_V.expand(len(ids_BS), -1)
+    unigram_BV = _counts_or(nothing_BV, ids_BS[:, :N], settled_BN, allowed_V)
+    ids, probs = [], []
+    for j in range(k):
+        position_B1 = rows.position_BR[:, j : j + 1]
+        neighbour_B1 = (position_B1 - 1).clamp(min=0)
+        known_B1 = (position_B1 > 0) & (rank_BN.gather(1, neighbour_B1) < (state.settled_B + j)[:, None])
+        follows_BM = settled_pair_BM & known_B1 & (left_BM == ids_BS.gather(1, neighbour_B1))
+        weight_BV = _counts_or(unigram_BV, right_BM, follows_BM, allowed_V)
+        probs.append(weight_BV / weight_BV.sum(1, keepdim=True))
+        ids.append(draw(probs[-1], uniform_BK[:, j])[:, None])
+        ids_BS.scatter_(1, position_B1, ids[-1])
+    return Draft(rows, torch.cat(ids, dim=1), torch.stack(probs, dim=1))
+
+
+def _counts_or(
+    fallback_BV: torch.Tensor, ids_BX: torch.Tensor, counted_BX: torch.Tensor, allowed_V: torch.Tensor
+) -> torch.Tensor:
+    """How often each allowed token occurs where ``counted_BX``; the fallback for a sequence where none does."""
+    count_BV = torch.zeros_like(fallback_BV).scatter_add_(1, ids_BX, counted_BX.double()) * allowed_V
+    return torch.where(count_BV.sum(1, keepdim=True) > 0, count_BV, fallback_BV)

@@ -1,0 +1,151 @@
+"""``python -m asarm``: infill, score, train, eval speculative.
+
+Every command takes ``--config FILE.yaml``, overridden by ``--key value``; ``--print_config`` shows the result. A mistake of the user's is one line on standard
+error and exit status 2.
+"""
+
+import json
+import sys
+from dataclasses import asdict, fields
+from typing import get_args, get_origin
+
+import docstring_parser
+from jsonargparse import ActionConfigFile, ActionYesNo, ArgumentParser
+
+from .config import InfillConfig, ScoreConfig, SpeculativeConfig, TrainConfig
+from .errors import ConfigError, UserError
+
+
+def run_infill(config: InfillConfig) -> None:
+    from .infill import infill
+    from .loading import load
+    from .tokenizer import require_gap
+
+    text = _text(config.text)
+    require_gap(text)
+    model, tokenizer = load(config.model, config.revision, config.tokenizer)
+    texts = infill(model, tokenizer, text, config.sampler_config(), config.num_samples, config.seed)
+    if config.json:
+        print(json.dumps(asdict(config) | {"text": text, "infills": texts}, ensure_ascii=False))
+    else:
+        print("\n\n".join(texts))
+
+
+def run_score(config: ScoreConfig) -> None:
+    from .loading import load
+
+    if config.data_file is not None:
+        from .evals.likelihood import held_out_likelihood
+
+        result = held_out_likelihood(config)
+        lines = [
+            f"{row['masked_fraction']:7.2f}  {row['nll_per_token']:.4f} +- {row['nll_per_token_se']:.4f} nats/token  "
+            f"({row['tokens']} tokens)"
+            for row in result["likelihood"]
+        ]
+        text = "\n".join([" masked  joint negative log-likelihood", *lines])
+    else:
+        from .infill import score_text
+
+        model, tokenizer = load(config.model, config.revision, config.tokenizer)
+        score = score_text(model, tokenizer, _text(config.text), config.fills)
+        result = asdict(score) | {"log_prob": score.log_prob}
+        lines = [f"{logp:9.4f}  {token!r}" for token, logp in zip(score.tokens, score.log_probs, strict=True)]
+        text = "\n".join([*lines, f"{score.log_prob:9.4f}  nats, {len(score.tokens)} tokens"])
+    print(json.dumps(result, ensure_ascii=False) if config.json else text)
+
+
+def run_train(config: TrainConfig) -> None:
+    from .train.loop import train
+
+    print(f"final checkpoint: {train(config)}")
+
+
+def run_eval_speculative(config: SpeculativeConfig) -> None:
+    from .evals.speculative import evaluate, table
+
+    summary = evaluate(config)
+    if config.json:
+        print(json.dumps(summary, ensure_ascii=False))
+    else:
+        print(table(summary))
+        print(f"records and summary: {config.output_dir}")
+
+
+def _text(text: str) -> str:
+    return sys.stdin.read().rstrip("\n") if text == "-" else text
+
+
+COMMANDS = {
+    "infill": (InfillConfig, run_infill),
+    "score": (ScoreConfig, run_score),
+    "train": (TrainConfig, run_train),
+}
+DESCRIPTION = "Any-subset autoregressive models. Evaluations: python -m asarm eval --help."
+EVALS = {"speculative": (SpeculativeConfig, run_eval_speculative)}
+
+
+def build_parser(prog: str, description: str, commands: dict) -> ArgumentParser:
+    parser = ArgumentParser(prog=prog, description=description)
+    subcommands = parser.add_subcommands(dest="command")
+    for name, (config_class, _) in commands.items():
+        subcommands.add_subcommand(name, _command_parser(config_class), help=_first_line(config_class))
+    return parser
+
+
+def _command_parser(config_class: type) -> ArgumentParser:
+    """``--key value`` for every field. Switches need no value, and lists take words: ``--samplers assd sequential`` or ``assd,sequential``."""
+    parser = ArgumentParser(description=_first_line(config_class))
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of the settings below.")
+    help_texts = {p.arg_name: p.description for p in docstring_parser.parse(config_class.__doc__).params}
+    special = [f for f in fields(config_class) if f.type is bool or get_origin(f.type) is list]
+    parser.add_class_arguments(config_class, skip={f.name for f in special})
+    for f in special:
+        text = help_texts[f.name]
+        if f.type is bool:
+            parser.add_argument(f"--{f.name}", action=ActionYesNo, nargs="?", default=f.default, help=text)
+        else:
+            item = get_args(f.type)[0] | str
+            parser.add_argument(f"--{f.name}", nargs="+", type=item, default=f.default_factory(), help=text)
+    return parser
+
+
+def _make_config(config_class: type, settings: dict):
+    """The configuration of one command from its parsed settings."""
+    values = {key: value for key, value in settings.items() if key != "config"}
+    for f in fields(config_class):
+        if separator := f.metadata.get("separator"):
+            item = get_args(f.type)[0]
+            words = [word for value in values[f.name] for word in str(value).strip("[]").split(separator)]
+            try:
+                values[f.name] = [item(word.strip()) for word in words if word.strip()]
+            except ValueError as error:
+                raise ConfigError(f"{f.name}: {error}") from error
+    return config_class(**values)
+
+
+def _first_line(config_class: type) -> str:
+    return config_class.__doc__.strip().splitlines()[0]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["eval"]:  # a parser of its own: jsonargparse loses the message of an error two subcommands down
+        commands, argv = EVALS, argv[1:]
+        parser = build_parser("python -m asarm eval", "Evaluations.", EVALS)
+    else:
+        commands = COMMANDS
+        parser = build_parser("python -m asarm", DESCRIPTION, COMMANDS)
+    parsed = parser.parse_args(argv)
+    try:
+        settings = parser.instantiate_classes(parsed)
+        config_class, run = commands[settings.command]
+        run(_make_config(config_class, vars(settings[settings.command])))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0

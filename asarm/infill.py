@@ -1,0 +1,113 @@
+"""From texts with gaps to filled texts; from a text and its fills to their log-probability."""
+
+from dataclasses import dataclass
+
+import torch
+
+from .config import SamplerConfig
+from .density import conditional_log_probs
+from .errors import TextError
+from .law import Law
+from .model import AnySubsetLM
+from .orders import Order
+from .sampling.decoding import Completion
+from .sampling.sample import sample
+from .tokenizer import MaskedText, TextTokenizer
+
+
+@dataclass(frozen=True)
+class InfillTask:
+    """A sequence of tokens, some given; ``index`` keys its random numbers."""
+
+    ids: list[int]
+    visible: list[bool]
+    index: int = 0
+
+
+def collate(tasks: list[InfillTask]) -> tuple[torch.Tensor, Order]:
+    """Tasks of any length as one padded batch: ids [B, N] and their order."""
+    length_B = torch.tensor([len(t.ids) for t in tasks])
+    N = int(length_B.max())
+    ids_BN = torch.zeros(len(tasks), N, dtype=torch.long)
+    visible_BN = torch.zeros(len(tasks), N, dtype=torch.bool)
+    for b, task in enumerate(tasks):
+        ids_BN[b, : len(task.ids)] = torch.tensor(task.ids)
+        visible_BN[b, : len(task.ids)] = torch.tensor(task.visible)
+    return ids_BN, Order.from_visible(visible_BN, length_B)
+
+
+def complete(model: AnySubsetLM, tasks: list[InfillTask], config: SamplerConfig, seed: int) -> Completion:
+    """Sample one batch of tasks."""
+    ids_BN, order = collate(tasks)
+    return sample(model, ids_BN, order, config, seed=seed, indices=[t.index for t in tasks])
+
+
+def infill(
+    model: AnySubsetLM,
+    tokenizer: TextTokenizer,
+    text: str,
+    config: SamplerConfig | None = None,
+    num_samples: int = 1,
+    seed: int = 0,
+) -> list[str]:
+    """Fill the gaps of ``text`` (``<mask>`` is one token, ``<mask:12>`` twelve) ``num_samples`` times.
+
+    Outside the gaps the text is kept to the byte. Special tokens are never drawn. Raises :class:`TextError` for a text without a gap.
+    """
+    masked = tokenizer.encode_masked(text)
+    config = without_special_tokens(config or SamplerConfig(), tokenizer)
+    tasks = [InfillTask(masked.ids, masked.visible, index) for index in range(num_samples)]
+    completion = complete(model, tasks, config, seed)
+    return [tokenizer.fill(masked, ids) for ids in completion.ids_BN.tolist()]
+
+
+def without_special_tokens(config: SamplerConfig, tokenizer: TextTokenizer) -> SamplerConfig:
+    """The same sampler with the vocabulary's special tokens banned: a gap is filled with text."""
+    banned = tuple(sorted({*config.banned_ids, *tokenizer.special_ids}))
+    return SamplerConfig(**{**vars(config), "banned_ids": banned})
+
+
+@dataclass(frozen=True)
+class Score:
+    """Log-probabilities (nats) of a text's scored tokens, in order of position."""
+
+    tokens: list[str]
+    log_probs: list[float]
+
+    @property
+    def log_prob(self) -> float:
+        return sum(self.log_probs)
+
+
+def score_text(
+    model: AnySubsetLM, tokenizer: TextTokenizer, text: str, fills: list[str] | None = None, law: Law | None = None
+) -> Score:
+    """Joint log-probability of ``fills``, one for each ``<mask>`` of ``text``; of the whole text where it has none.
+
+    A fill's own number of tokens counts, whatever length the gap asks for.
+    """
+    if not fills:
+        ids = tokenizer.encode(text)
+        if not ids:
+            raise TextError("the text to score is empty")
+        visible = [False] * len(ids)
+    else:
+        ids, visible = _with_fills(tokenizer, tokenizer.encode_masked(text), fills)
+    ids_BN, order = collate([InfillTask(ids, visible)])
+    logp_N = conditional_log_probs(model, ids_BN.to(model.device), order.to(model.device), law)[0].tolist()
+    scored = [i for i, given in enumerate(visible) if not given]
+    return Score([tokenizer.decode([ids[i]]) for i in scored], [logp_N[i] for i in scored])
+
+
+def _with_fills(tokenizer: TextTokenizer, masked: MaskedText, fills: list[str]) -> tuple[list[int], list[bool]]:
+    if len(fills) != len(masked.gaps):
+        raise TextError(f"the text has {len(masked.gaps)} gap(s) and {len(fills)} fill(s) were given; give one for each")
+    ids = tokenizer.encode(masked.pieces[0])
+    visible = [True] * len(ids)
+    for fill, piece in zip(fills, masked.pieces[1:], strict=True):
+        fill_ids, piece_ids = tokenizer.encode(fill), tokenizer.encode(piece)
+        if not fill_ids:
+            raise TextError(f"fill {fill!r} has no token; an empty fill has no probability to score")
+        ids += fill_ids + piece_ids
+        visible += [False] * len(fill_ids) + [True] * len(piece_ids)
+    return ids, visible
