@@ -48,7 +48,8 @@ class RelativeAttention(nn.Module):
         content_BHRN = (q_BRHD + self.r_w_bias).transpose(1, 2) @ key_BHND.transpose(2, 3)
         relative_BHRP = (q_BRHD + self.r_r_bias).transpose(1, 2) @ relative_key_HPD.transpose(1, 2)
         score_BHRN = content_BHRN + relative_shift(relative_BHRP, shift_BR)
-        attended_BHRD = masked_softmax(score_BHRN * q_BRHD.shape[-1] ** -0.5, may_attend_BRN, self._drop) @ value_BHND
+        weight_BHRN = self._drop(masked_softmax(score_BHRN * q_BRHD.shape[-1] ** -0.5, may_attend_BRN))
+        attended_BHRD = weight_BHRN.to(value_BHND.dtype) @ value_BHND
         attended_BRX = attended_BHRD.transpose(1, 2).flatten(2)
         out_BRE = self._drop(attended_BRX @ self.o.flatten(1).T)
         return self.layer_norm(rows_BRE + out_BRE)
@@ -57,7 +58,7 @@ class RelativeAttention(nn.Module):
         return F.dropout(x, self.dropout, self.training)
 
 
-def masked_softmax(score_BHRN: torch.Tensor, may_attend_BRN: torch.Tensor, dropout=lambda x: x) -> torch.Tensor:
+def masked_softmax(score_BHRN: torch.Tensor, may_attend_BRN: torch.Tensor) -> torch.Tensor:
     """Softmax over the slots that a row may attend to; all zeros for a row that may attend to none.
 
     Computed in float32 at least. (Hugging Face adds -1e30 instead, which makes a row that sees nothing see everything.)
@@ -66,7 +67,7 @@ def masked_softmax(score_BHRN: torch.Tensor, may_attend_BRN: torch.Tensor, dropo
     wide = torch.promote_types(score_BHRN.dtype, torch.float32)
     score_BHRN = score_BHRN.to(wide).masked_fill(~may_BHRN, torch.finfo(wide).min)
     sees_any_BHR1 = may_BHRN.any(-1, keepdim=True)
-    return dropout(torch.softmax(score_BHRN, dim=-1) * sees_any_BHR1)
+    return torch.softmax(score_BHRN, dim=-1) * sees_any_BHR1
 
 
 class _RelativeShift(torch.autograd.Function):

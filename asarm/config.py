@@ -47,13 +47,11 @@ class DataConfig:
 
     Args:
         files: JSON lines (.jsonl, .jsonl.gz; one object with "text" a line) or raw text; environment variables are expanded.
-        valid_file: held-out text for the likelihood table.
         source_weights: how often a document of a source appears in an epoch, by pattern over its "source".
         max_length: tokens in a packed row.
     """
 
     files: list[str] = field(default_factory=list)
-    valid_file: str | None = None
     source_weights: dict[str, float] = field(default_factory=dict)
     max_length: int = 512
 

@@ -160,7 +160,13 @@ class AnySubsetLM(PreTrainedModel):
         want_info = kwargs.pop("output_loading_info", False)
         try:
             model, info = super().from_pretrained(
-                path, *args, revision=revision, dtype=dtype, output_loading_info=True, **kwargs
+                path,
+                *args,
+                revision=revision,
+                dtype=dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported below, with their names
+                **kwargs,
             )
         except OSError as error:
             raise ModelNotFoundError(
@@ -168,8 +174,6 @@ class AnySubsetLM(PreTrainedModel):
                 f"({', '.join(embedded_models())}), a folder with config.json and model.safetensors, or a Hub id and a revision "
                 f"that exist ({error})"
             ) from error
-        except RuntimeError as error:
-            raise CheckpointMismatchError(f"checkpoint {str(name_or_path)!r} does not fit: {error}") from error
         wrong = {kind: sorted(info[kind]) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]}
         if wrong:
             raise CheckpointMismatchError(

@@ -52,7 +52,7 @@ class Decoding:
         self.law = Law(config.temperature, tuple(sorted(banned)), config.greedy)
         self._check(ids_BN, indices)
         # one scratch column past the end, for the rows that only fill the batch
-        self.ids_BS = torch.cat([ids_BN, ids_BN.new_zeros(B, 1)], dim=1)
+        self.ids_BS = torch.cat([ids_BN.masked_fill(order.target_BN, 0), ids_BN.new_zeros(B, 1)], dim=1)
         self.settled_B = order.n_visible_B.clone()
         self.cached_B = torch.zeros_like(self.settled_B)
         self.backlog = int(order.n_visible_B.max())  # at most this many settled tokens of a sequence are not cached

@@ -33,8 +33,7 @@ def sample(
     its row number: its tokens do not depend on what else is in the batch (in float32).
     """
     config = config or SamplerConfig()
-    ids_BN = ids_BN.to(model.device).masked_fill(order.target_BN.to(model.device), 0)
     indices = list(range(len(ids_BN))) if indices is None else indices
-    state = Decoding(model, ids_BN, order.to(model.device), config, seed, indices)
+    state = Decoding(model, ids_BN.to(model.device), order.to(model.device), config, seed, indices)
     DECODERS[config.name](state)
     return state.completion()

@@ -1,0 +1,39 @@
+"""Small random models and the development data, where it is there."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import XLNetConfig
+
+from asarm import AnySubsetLM
+from asarm.orders import Order
+
+torch.set_num_threads(1)  # the models are tiny, and two processes share the machine in a parallel run
+
+
+def make_model(vocab_size=6, seed=0, dtype=torch.float32, mask_token_id=0, spread=0.8, **config) -> AnySubsetLM:
+    """A random model whose distributions are far from uniform (``spread`` is the weights' standard deviation)."""
+    torch.manual_seed(seed)
+    fields = {"d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 32, "dropout": 0.0, "mem_len": None}
+    config = XLNetConfig(vocab_size=vocab_size, initializer_range=spread, mask_token_id=mask_token_id, **(fields | config))
+    return AnySubsetLM(config).to(dtype).eval()
+
+
+def random_batch(vocab_size: int, B: int, N: int, seed: int = 0, lengths=None) -> tuple[torch.Tensor, Order]:
+    """Random ids and a random any-subset order for each sequence."""
+    generator = torch.Generator().manual_seed(seed)
+    ids_BN = torch.randint(0, vocab_size, (B, N), generator=generator)
+    visible_BN = torch.rand(B, N, generator=generator) < torch.rand(B, 1, generator=generator)
+    visible_BN[:, generator.initial_seed() % N] = False
+    return ids_BN, Order.from_visible(visible_BN, None if lengths is None else torch.tensor(lengths))
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """``ASARM_DATA_DIR``; tests that need it are skipped where it is not set."""
+    path = os.environ.get("ASARM_DATA_DIR")
+    if not path or not Path(path).is_dir():
+        pytest.skip("ASARM_DATA_DIR is not set: the development data is not part of the repository")
+    return Path(path)
