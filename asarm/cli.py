@@ -149,3 +149,8 @@ def main(argv: list[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def entry_point() -> None:
+    """The ``asarm`` console script."""
+    sys.exit(main())

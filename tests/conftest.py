@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when the library is imported; no test may wait for a network
+
 import pytest
 import torch
 from transformers import XLNetConfig

@@ -77,8 +77,7 @@ def test_embedded_checkpoint_by_name():
     assert tokenizer.special_ids == tuple(range(9))
 
 
-def test_unknown_name_and_unsuitable_architecture(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_unknown_name_and_unsuitable_architecture(tmp_path):
     with pytest.raises(ModelNotFoundError, match="no-such-model.*tiny-english"):
         AnySubsetLM.from_pretrained(tmp_path / "no-such-model")
     with pytest.raises(ConfigError, match="'uni'"):

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=asarm-speculative
+#SBATCH --nodes=1
+#SBATCH --ntasks=1
+#SBATCH --cpus-per-task=8
+#SBATCH --gres=gpu:1
+#SBATCH --mem=32G
+#SBATCH --time=01:00:00
+#SBATCH --output=logs/%x-%j.out
+# Compare the samplers on masked text. Without arguments: the embedded checkpoint, a few minutes on two CPU cores.
+# Runs unchanged under bash and sbatch (submit from the repository); arguments go to `python -m asarm eval speculative` (--help lists them).
+set -euo pipefail
+
+launch="$(dirname "${BASH_SOURCE[0]}")/scripts/launch.sh"
+[ -f "$launch" ] || launch="${SLURM_SUBMIT_DIR:?run the launcher from the repository}/scripts/launch.sh"
+# shellcheck disable=SC1090
+source "$launch"
+asarm_launch eval speculative "$@"

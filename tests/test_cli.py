@@ -1,0 +1,136 @@
+"""The command line as a user meets it: real processes, plain errors, fast help."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from asarm import Law, TextTokenizer
+from asarm.cli import main
+from asarm.infill import infill, score_text
+from asarm.loading import load
+
+
+def run(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "asarm", *arguments], capture_output=True, text=True, check=False, env=os.environ | environment
+    )
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return load("tiny-english")
+
+
+@pytest.mark.parametrize("command", [[], ["infill"], ["score"], ["train"], ["eval"], ["eval", "speculative"]])
+def test_help_does_not_import_torch(command):
+    script = "import sys; from asarm.cli import main\ntry: main(sys.argv[1:])\nfinally: assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", script, *command, "--help"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "usage" in done.stdout
+
+
+def test_infill_json_and_plain():
+    done = run("infill", "--text", "The cat <mask:3> the mat.", "--num_samples", "2", "--seed", "5", "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert len(result["infills"]) == 2 and len(set(result["infills"])) == 2
+    assert all(t.startswith("The cat") and t.endswith(" the mat.") and "<" not in t for t in result["infills"])
+    plain = run("infill", "--text", "The cat <mask:3> the mat.", "--num_samples", "2", "--seed", "5")
+    assert plain.stdout == "\n\n".join(result["infills"]) + "\n"
+
+
+def test_infill_keeps_the_text_and_every_sampler_fills_it(tiny):
+    text = "One day,  a girl\nnamed <mask:2> went to the <mask>. <mask:5>"
+    for name in ("sequential", "assd", "assd-ngram", "parallel"):
+        from asarm import SamplerConfig
+
+        for filled in infill(*tiny, text, SamplerConfig(name), num_samples=3, seed=1):
+            assert filled.startswith("One day,  a girl\nnamed") and " went to the" in filled and "<mask" not in filled
+
+
+def test_score_of_fills_and_of_a_whole_text(tiny):
+    model, tokenizer = tiny
+    likely = score_text(model, tokenizer, "Once upon a <mask> there was a girl.", [" time,"])
+    unlikely = score_text(model, tokenizer, "Once upon a <mask> there was a girl.", [" the of"])
+    assert len(likely.tokens) == len(unlikely.tokens) == 2
+    assert likely.log_prob > unlikely.log_prob + 3
+    whole = score_text(model, tokenizer, "Once upon a time")
+    assert "".join(whole.tokens) == "Once upon a time" and whole.log_prob < 0
+    assert score_text(model, tokenizer, "Once upon a time", law=Law(temperature=2.0)).log_prob != whole.log_prob
+
+    done = run("score", "--text", "Once upon a <mask> there was a girl.", "--fills", " time,", "--json")
+    assert json.loads(done.stdout)["log_prob"] == pytest.approx(likely.log_prob, abs=1e-4)
+
+
+def test_held_out_likelihood_falls_with_more_context(tmp_path):
+    (tmp_path / "t.txt").write_text("One day a little girl went to the park. She saw a big dog. The dog was happy. " * 12)
+    done = run("score", "--data_file", str(tmp_path / "t.txt"), "--max_length", "64", "--masked_fractions", "0.15", "0.95", "--json")
+    assert done.returncode == 0, done.stderr
+    light, heavy = json.loads(done.stdout)["likelihood"]
+    assert light["nll_per_token"] < heavy["nll_per_token"] < 9.01  # log 8192
+    assert light["nll_per_token_se"] > 0 and heavy["tokens"] > light["tokens"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["infill", "--text", "nothing to fill"], "no <mask>"),
+        (["infill", "--text", "a <mask>", "--model", "no/such-model"], "no/such-model"),
+        (["infill", "--text", "a <mask>", "--model", "no/such-model", "--tokenizer", "tiny-english"], "no model 'no/such-model'"),
+        (["infill", "--text", "a <mask>", "--k", "0"], "k must be at least 1, got 0"),
+        (["infill", "--text", "a <mask>", "--temperature", "0"], "temperature must be above 0"),
+        (["infill", "--text", "a <mask>", "--temperature", "-1"], "got -1.0"),
+        (["score", "--text", "a <mask> b", "--fills", "x", "y"], "1 gap(s) and 2 fill(s)"),
+        (["score"], "one of the two"),
+        (["score", "--data_file", "/nowhere.txt"], "/nowhere.txt"),
+        (["eval", "speculative", "--samplers", "assd", "magic"], "'magic'"),
+        (["eval", "speculative", "--output_dir", "/proc/asarm"], "/proc/asarm"),
+        (["eval", "speculative", "--visible_fraction", "1.5"], "got 1.5"),
+        (["eval", "speculative", "--max_length", "3000000", "--num_sequences", "1"], "GiB"),
+        (["eval", "speculative", "--num_sequences", "100000"], "num_sequences"),
+    ],
+)
+def test_a_mistake_is_one_plain_line_and_status_two(arguments, message, tmp_path, capsys):
+    if arguments[0] == "eval" and "--output_dir" not in arguments:
+        arguments = [*arguments, "--output_dir", str(tmp_path)]
+    assert main(arguments) == 2
+    stderr = capsys.readouterr().err.strip()
+    assert message in stderr and stderr.splitlines()[-1].startswith("error: ")
+    assert not (tmp_path / "records.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("yaml", "message"),
+    [("visible_fractoin: 0.1\n", "visible_fractoin"), ("k: five\n", "k"), ("k: [\n", "config"), ("- a\n- b\n", "config")],
+)
+def test_a_malformed_config_is_named_before_anything_runs(yaml, message, tmp_path):
+    (tmp_path / "c.yaml").write_text(yaml)
+    start = time.monotonic()
+    done = run("eval", "speculative", "--config", str(tmp_path / "c.yaml"), "--output_dir", str(tmp_path / "out"))
+    assert done.returncode == 2 and message in done.stderr.splitlines()[-1] + done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+    assert time.monotonic() - start < 30
+
+
+def test_command_line_goes_before_the_file(tmp_path):
+    (tmp_path / "c.yaml").write_text("k: 3\nvisible_fraction: 1e-1\nsamplers: [assd]\n")
+    done = run("eval", "speculative", "--config", str(tmp_path / "c.yaml"), "--k", "7", "--print_config")
+    assert "k: 7\n" in done.stdout and "visible_fraction: 0.1\n" in done.stdout and "- assd\n" in done.stdout
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path, data_dir):
+    done = run("infill", "--text", "a <mask>", "--tokenizer", str(data_dir / "tokenizers" / "xlnet-base-cased"))
+    assert done.returncode == 2 and "32000 pieces" in done.stderr
+
+
+def test_embedded_tokenizer_is_lossless_on_the_samples():
+    from asarm.data.datasets import load_text
+
+    tokenizer = TextTokenizer.from_pretrained("tiny-english")
+    for document in load_text("samples")[1]:
+        tokenizer.check_lossless(document.text)

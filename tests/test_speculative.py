@@ -1,0 +1,111 @@
+"""The main job: records, summary, resuming after a kill."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from asarm.config import SpeculativeConfig
+from asarm.errors import OutputDirError
+from asarm.evals.metrics import token_entropy
+from asarm.evals.records import RecordLog
+from asarm.evals.speculative import evaluate, table
+from asarm.evals.stats import mean_and_se
+
+SMALL = {"dataset": "samples", "num_sequences": 6, "max_length": 48, "batch_size": 3}
+
+
+def records(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
+
+
+def without_seconds(items) -> dict:
+    return {(r["sampler"], r["index"]): {k: v for k, v in r.items() if k not in ("seconds", "log_prob")} for r in items}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("speculative")
+    return folder, evaluate(SpeculativeConfig(output_dir=str(folder), **SMALL))
+
+
+def test_every_sequence_of_every_sampler_is_recorded(finished):
+    folder, summary = finished
+    found = records(folder)
+    assert len(found) == 4 * 6 and len(without_seconds(found)) == 24
+    for r in found:
+        assert r["masked"] == 46 and r["tokens"] == 48  # 5 % of 48 are given
+        assert r["nfe"] <= r["masked"] and r["log_prob"] < 0 < r["seconds"]
+    assert json.loads((folder / "summary.json").read_text()) == summary
+
+
+def test_summary_holds_plain_numbers_with_standard_errors(finished):
+    folder, summary = finished
+    assert set(summary["samplers"]) == {"sequential", "assd", "assd-ngram", "parallel"}
+    for name, row in summary["samplers"].items():
+        mine = [r for r in records(folder) if r["sampler"] == name]
+        mean, se = mean_and_se([r["nfe"] / r["masked"] for r in mine])
+        assert row["nfe_per_token"] == mean and row["nfe_per_token_se"] == se
+        assert row["sequences"] == 6 and row["judge_ppl"] is None
+        for key in ("aux_nfe_per_token", "seconds_per_sequence", "log_prob_per_token", "entropy", "tokens_per_round"):
+            assert isinstance(row[key], float) and isinstance(row[f"{key}_se"], float)
+    assert summary["samplers"]["sequential"]["nfe_per_token"] == 1
+    assert summary["samplers"]["assd"]["nfe_per_token"] < 1
+    assert summary["samplers"]["assd-ngram"]["aux_nfe_per_token"] == summary["samplers"]["assd-ngram"]["nfe_per_token"]
+    assert {"commit", "torch", "device", "time"} <= set(summary["provenance"])
+    lines = table(summary).splitlines()
+    assert len(lines) == 2 + 4 and "95% masked" in lines[0]
+
+
+def test_records_do_not_depend_on_the_batch_size(finished, tmp_path):
+    evaluate(SpeculativeConfig(output_dir=str(tmp_path), **SMALL | {"batch_size": 5}))
+    assert without_seconds(records(tmp_path)) == without_seconds(records(finished[0]))
+
+
+def test_a_killed_run_goes_on_where_it_was(finished, tmp_path):
+    command = [sys.executable, "-m", "asarm", "eval", "speculative", "--output_dir", str(tmp_path)]
+    command += [word for key, value in (SMALL | {"batch_size": 1}).items() for word in (f"--{key}", str(value))]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and (not (tmp_path / "records.jsonl").exists() or len(records_so_far(tmp_path)) < 3):
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    before = records_so_far(tmp_path)
+    assert 3 <= len(before) < 24
+    with open(tmp_path / "records.jsonl", "a") as file:
+        file.write('{"sampler": "assd", "ind')  # what a kill in the middle of a write leaves
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    after = records(tmp_path)
+    assert after[: len(before)] == before, "finished sequences are not computed again"
+    assert without_seconds(after) == without_seconds(records(finished[0]))
+
+
+def records_so_far(folder) -> list[dict]:
+    text = (folder / "records.jsonl").read_text()
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def test_a_folder_of_another_run_is_refused(finished):
+    with pytest.raises(OutputDirError, match="k: 5 there, 4 now"):
+        evaluate(SpeculativeConfig(output_dir=str(finished[0]), **SMALL, k=4))
+
+
+def test_record_log_cuts_a_torn_line(tmp_path):
+    (tmp_path / "records.jsonl").write_text('{"sampler": "assd", "index": 0}\n{"samp')
+    log = RecordLog(tmp_path, {})
+    assert list(log.records) == [("assd", 0)]
+    log.add({"sampler": "assd", "index": 1})
+    assert (tmp_path / "records.jsonl").read_text().count("\n") == 2
+
+
+def test_measures_against_hand_worked_cases():
+    assert token_entropy([1, 1, 2, 2]) == 1.0 and token_entropy([5] * 9) == 0.0
+    assert token_entropy(range(8)) == pytest.approx(3.0)
+    assert mean_and_se([2.0]) == (2.0, 0.0)
+    assert mean_and_se([1.0, 3.0]) == (2.0, 1.0)
