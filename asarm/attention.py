@@ -2,8 +2,8 @@
 
     score[b, h, r, n] = ((q + r_w_bias) . key[n]  +  (q + r_r_bias) . relative_key[position[r] - n]) / sqrt(D)
 
-Parameter names and shapes are those of Hugging Face's ``XLNetRelativeAttention``. Its segment terms (``r_s_bias``, ``seg_embed``) are
-carried along untouched: one segment means they never enter the score.
+Parameter names and shapes are those of Hugging Face's ``XLNetRelativeAttention``. Its segment terms (``r_s_bias``,
+``seg_embed``) are carried along untouched: one segment means they never enter the score.
 """
 
 import torch
@@ -73,7 +73,8 @@ def masked_softmax(score_BHRN: torch.Tensor, may_attend_BRN: torch.Tensor) -> to
 class _RelativeShift(torch.autograd.Function):
     """``out[..., r, n] = x[..., r, shift[r] + n]``: each row takes its own window of N out of P = 2N-1.
 
-    Autograd would turn the gather into a scatter-add, ten times slower on a CPU. A window is contiguous, so its gradient is a gather as well.
+    Autograd would turn the gather into a scatter-add, ten times slower on a CPU. A window is contiguous, so its
+    gradient is a gather as well.
     """
 
     @staticmethod

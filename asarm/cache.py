@@ -1,10 +1,11 @@
 """Keys and values in slots by position.
 
-A token's keys and values are written at its position. Nothing is ever rolled back: a rejected draft's slot has a rank that no limit
-reaches until the position is settled, and then it is overwritten. Slot N is scratch space for the rows that only fill a
-ragged batch; attention never reads it.
+A token's keys and values are written at its position. Nothing is ever rolled back: a rejected draft's slot has a rank
+that no limit reaches until the position is settled, and then it is overwritten. Slot N is scratch space for the rows
+that only fill a ragged batch; attention never reads it.
 
-The cache is exact, because a token's content row depends only on the prompt and on tokens of lower rank, which never change once settled.
+The cache is exact, because a token's content row depends only on the prompt and on tokens of lower rank, which never
+change once settled.
 """
 
 import torch

@@ -1,7 +1,7 @@
 """``python -m asarm``: infill, score, train, eval speculative.
 
-Every command takes ``--config FILE.yaml``, overridden by ``--key value``; ``--print_config`` shows the result. A mistake of the user's is one line on standard
-error and exit status 2.
+Every command takes ``--config FILE.yaml``, overridden by ``--key value``; ``--print_config`` shows the result. A
+mistake of the user's is one line on standard error and exit status 2.
 """
 
 import json
@@ -94,7 +94,8 @@ def build_parser(prog: str, description: str, commands: dict) -> ArgumentParser:
 
 
 def _command_parser(config_class: type) -> ArgumentParser:
-    """``--key value`` for every field. Switches need no value, and lists take words: ``--samplers assd sequential`` or ``assd,sequential``."""
+    """``--key value`` for every field. Switches need no value, and lists take words: ``--samplers assd sequential``
+    or ``assd,sequential``."""
     parser = ArgumentParser(description=_first_line(config_class))
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of the settings below.")
     help_texts = {p.arg_name: p.description for p in docstring_parser.parse(config_class.__doc__).params}
@@ -139,7 +140,7 @@ def main(argv: list[str] | None = None) -> int:
         parser = build_parser("python -m asarm", DESCRIPTION, COMMANDS)
     parsed = parser.parse_args(argv)
     try:
-        settings = parser.instantiate_classes(parsed)
+        settings = parser.instantiate(parsed)
         config_class, run = commands[settings.command]
         run(_make_config(config_class, vars(settings[settings.command])))
     except UserError as error:

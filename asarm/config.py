@@ -20,7 +20,8 @@ class SamplerConfig:
     """How masked tokens are drawn.
 
     Args:
-        name: sequential (one token a call), assd (self draft), assd-ngram (context bigram draft) or parallel (biased baseline).
+        name: sequential (one token a call), assd (self draft), assd-ngram (context bigram draft) or parallel (biased
+            baseline).
         k: tokens drafted a round (assd, assd-ngram) or drawn a call (parallel).
         temperature: of the distribution that is sampled from, above 0.
         greedy: always the most likely token.
@@ -38,7 +39,9 @@ class SamplerConfig:
     def __post_init__(self):
         _require(self.name in SAMPLERS, "sampler", self.name, f"one of {', '.join(SAMPLERS)}")
         _require(self.k >= 1, "k", self.k, "at least 1")
-        _require(self.temperature > 0, "temperature", self.temperature, "above 0 (for the most likely token use greedy)")
+        _require(
+            self.temperature > 0, "temperature", self.temperature, "above 0 (for the most likely token use greedy)"
+        )
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,8 @@ class DataConfig:
     """Training text.
 
     Args:
-        files: JSON lines (.jsonl, .jsonl.gz; one object with "text" a line) or raw text; environment variables are expanded.
+        files: JSON lines (.jsonl, .jsonl.gz; one object with "text" a line) or raw text; environment variables are
+            expanded.
         source_weights: how often a document of a source appears in an epoch, by pattern over its "source".
         max_length: tokens in a packed row.
     """
@@ -61,7 +65,8 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class MaskingConfig:
-    """Share of a row's tokens that is predicted: uniform in a range that moves from start to final over warmup_steps (paper, section 5)."""
+    """Share of a row's tokens that is predicted: uniform in a range that moves from start to final over warmup_steps
+    (Guo & Ermon 2025)."""
 
     start_low: float = 0.15
     start_high: float = 0.15
@@ -157,7 +162,8 @@ class InfillConfig:
     """Fill the gaps of a text.
 
     Args:
-        text: with <mask> (one token) and <mask:n> (n tokens) where something is to be filled in; - reads standard input.
+        text: with <mask> (one token) and <mask:n> (n tokens) where something is to be filled in; - reads standard
+            input.
         model: embedded name (tiny-english), folder or Hub id.
         revision: of a Hub id.
         tokenizer: folder or Hub id with a tokenizer.json (default: the model's own).
@@ -223,12 +229,19 @@ class ScoreConfig:
     json: bool = False
 
     def __post_init__(self):
-        _require((self.text is None) != (self.data_file is None), "text, data_file", (self.text, self.data_file), "one of the two")
+        _require(
+            (self.text is None) != (self.data_file is None),
+            "text, data_file",
+            (self.text, self.data_file),
+            "one of the two",
+        )
         for fraction in self.masked_fractions:
             _require(0 < fraction <= 1, "masked_fractions", fraction, "in (0, 1]")
         _require(self.max_length >= 2, "max_length", self.max_length, "at least 2")
         _require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
-        _require(self.num_sequences is None or self.num_sequences >= 1, "num_sequences", self.num_sequences, "at least 1")
+        _require(
+            self.num_sequences is None or self.num_sequences >= 1, "num_sequences", self.num_sequences, "at least 1"
+        )
 
 
 @dataclass(frozen=True)
@@ -239,7 +252,8 @@ class SpeculativeConfig:
         model: embedded name (tiny-english), folder or Hub id.
         revision: of a Hub id.
         tokenizer: folder or Hub id with a tokenizer.json (default: the model's own).
-        dataset: auto (english-valid where ASARM_DATA_DIR is set, else samples), samples, english-valid, wikitext, or a Hub data set id or folder.
+        dataset: auto (english-valid where ASARM_DATA_DIR is set, else samples), samples, english-valid, wikitext, or
+            a Hub data set id or folder.
         dataset_config: configuration name of a Hub data set.
         split: of a Hub data set.
         data_file: raw text or JSON lines instead; with dataset wikitext split at its headings.

@@ -1,7 +1,7 @@
-"""Joint and conditional log-probabilities in one pass (paper, section 4).
+"""Joint and conditional log-probabilities in one pass (Guo & Ermon 2025).
 
-Training's loss, scoring and every evaluation that needs a probability are this one computation: content rows for all tokens, a query row
-for every masked rank with its own rank as limit.
+Training's loss, scoring and every evaluation that needs a probability are this one computation: content rows for all
+tokens, a query row for every masked rank with its own rank as limit.
 """
 
 import torch
@@ -17,7 +17,8 @@ PROJECTION_ROWS = 2048  # how many [rows, vocabulary] logits a scoring pass hold
 def target_states(model: AnySubsetLM, ids_BN: torch.Tensor, order: Order) -> tuple[torch.Tensor, torch.Tensor]:
     """Hidden states [T, E] of all masked tokens of the batch, and their flat indices [T] into ``ids_BN``.
 
-    Targets come sequence by sequence, each in order of rank. What ``ids_BN`` holds at a masked position enters only the rows that may see it.
+    Targets come sequence by sequence, each in order of rank. What ``ids_BN`` holds at a masked position enters only
+    the rows that may see it.
     """
     B, N = ids_BN.shape
     query = rows_at_ranks(order, order.n_visible_B, order.length_B, int(order.n_masked_B.max()))
@@ -35,7 +36,7 @@ def target_states(model: AnySubsetLM, ids_BN: torch.Tensor, order: Order) -> tup
 def negative_log_likelihood(model: AnySubsetLM, ids_BN: torch.Tensor, order: Order) -> tuple[torch.Tensor, int]:
     """Sum over all masked tokens of -log p(token | what precedes it in the order), in nats, and their number.
 
-    Differentiable; this is the joint training objective (paper, equation 6).
+    Differentiable; this is the joint training objective (Guo & Ermon 2025).
     """
     hidden_TE, flat_T = target_states(model, ids_BN, order)
     return F.cross_entropy(model.logits(hidden_TE).float(), ids_BN.flatten()[flat_T], reduction="sum"), len(flat_T)
@@ -45,7 +46,8 @@ def negative_log_likelihood(model: AnySubsetLM, ids_BN: torch.Tensor, order: Ord
 def conditional_log_probs(
     model: AnySubsetLM, ids_BN: torch.Tensor, order: Order, law: Law | None = None
 ) -> torch.Tensor:
-    """Log-probability [B, N], float64, of each masked token given what precedes it in the order; 0 at given positions and padding.
+    """Log-probability [B, N], float64, of each masked token given what precedes it in the order; 0 at given positions
+    and padding.
 
     ``law`` is the law to score under (default: the model's own, temperature 1, nothing banned).
     """

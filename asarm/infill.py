@@ -52,7 +52,8 @@ def infill(
 ) -> list[str]:
     """Fill the gaps of ``text`` (``<mask>`` is one token, ``<mask:12>`` twelve) ``num_samples`` times.
 
-    Outside the gaps the text is kept to the byte. Special tokens are never drawn. Raises :class:`TextError` for a text without a gap.
+    Outside the gaps the text is kept to the byte. Special tokens are never drawn. Raises :class:`TextError` for a
+    text without a gap.
     """
     masked = tokenizer.encode_masked(text)
     config = without_special_tokens(config or SamplerConfig(), tokenizer)
@@ -101,7 +102,9 @@ def score_text(
 
 def _with_fills(tokenizer: TextTokenizer, masked: MaskedText, fills: list[str]) -> tuple[list[int], list[bool]]:
     if len(fills) != len(masked.gaps):
-        raise TextError(f"the text has {len(masked.gaps)} gap(s) and {len(fills)} fill(s) were given; give one for each")
+        raise TextError(
+            f"the text has {len(masked.gaps)} gap(s) and {len(fills)} fill(s) were given; give one for each"
+        )
     ids = tokenizer.encode(masked.pieces[0])
     visible = [True] * len(ids)
     for fill, piece in zip(fills, masked.pieces[1:], strict=True):

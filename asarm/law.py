@@ -1,7 +1,8 @@
 """Logits to distribution: the only place where a law of the next token is made.
 
-Draft, target and scoring all go through one :class:`Law`, so that temperature and banned tokens mean the same in each of them. A banned
-token's probability is zero *before* the softmax. Distributions are float64: a draw rounded to float32 is measurably biased.
+Draft, target and scoring all go through one :class:`Law`, so that temperature and banned tokens mean the same in each
+of them. A banned token's probability is zero *before* the softmax. Distributions are float64: a draw rounded to
+float32 is measurably biased.
 """
 
 from dataclasses import dataclass
@@ -41,7 +42,8 @@ class Law:
 
 
 def draw(weight: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """The token at quantile ``uniform`` [...] of the distribution proportional to ``weight`` [..., V] (inverse transform).
+    """The token at quantile ``uniform`` [...] of the distribution proportional to ``weight`` [..., V] (inverse
+    transform).
 
     A token of weight zero is never drawn.
     """

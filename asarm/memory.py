@@ -10,7 +10,8 @@ SCORE_COPIES = 7  # float32 [rows, slots] arrays per head alive at the peak of o
 
 
 def call_bytes(model: AnySubsetLM, batch: int, length: int, n_rows: int, n_projected: int) -> int:
-    """Upper estimate of the memory of a call of ``n_rows`` rows over ``length`` slots that projects ``n_projected`` of them."""
+    """Upper estimate of the memory of a call of ``n_rows`` rows over ``length`` slots that projects ``n_projected``
+    of them."""
     c, size = model.config, model.dtype.itemsize
     cache = 2 * c.n_layer * batch * (length + 1) * c.d_model * size
     relative = 2 * c.n_layer * length * c.d_model * size
@@ -29,6 +30,6 @@ def require_memory(model: AnySubsetLM, batch: int, length: int, n_rows: int, n_p
     need = call_bytes(model, batch, length, n_rows, n_projected)
     if need > free:
         raise MemoryBudgetError(
-            f"{batch} sequence(s) of {length} tokens need about {need / 2**30:.1f} GiB and {free / 2**30:.1f} GiB is free; "
-            "shorten the sequences or use a smaller batch"
+            f"{batch} sequence(s) of {length} tokens need about {need / 2**30:.1f} GiB and "
+            f"{free / 2**30:.1f} GiB is free; shorten the sequences or use a smaller batch"
         )

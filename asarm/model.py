@@ -1,11 +1,12 @@
 """AnySubsetLM: rows in, hidden states and logits out.
 
-The network of XLNet (two-stream attention, relative positions) with the parameter names of Hugging Face's ``XLNetLMHeadModel``: any XLNet
-checkpoint loads here and any checkpoint of ours loads there. What differs is the interface: instead of a permutation mask over a whole
-sequence, a call computes the *rows* it is asked for (see :mod:`asarm.orders`), against a cache where there is one.
+The network of XLNet (two-stream attention, relative positions) with the parameter names of Hugging Face's
+``XLNetLMHeadModel``: any XLNet checkpoint loads here and any checkpoint of ours loads there. What differs is the
+interface: instead of a permutation mask over a whole sequence, a call computes the *rows* it is asked for (see
+:mod:`asarm.orders`), against a cache where there is one.
 """
 
-from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -16,11 +17,11 @@ from transformers.activations import ACT2FN
 
 from .attention import RelativeAttention, relative_encoding
 from .cache import SlotCache
+from .embedded import embedded_models, resolve_model
 from .errors import CheckpointMismatchError, ConfigError, ModelNotFoundError
 from .orders import may_attend
 
 XLNET_MASK_ID = 6
-ASSETS = Path(__file__).parent / "assets"
 
 
 class FeedForward(nn.Module):
@@ -57,18 +58,19 @@ class Trunk(nn.Module):
 class AnySubsetLM(PreTrainedModel):
     """Any-subset autoregressive language model on the XLNet architecture.
 
-    ``config`` is an ``XLNetConfig`` with bidirectional attention; an optional ``mask_token_id`` (default 6, XLNet's) names the token that
-    is never drawn.
+    ``config`` is an ``XLNetConfig`` with bidirectional attention; an optional ``mask_token_id`` (default 6, XLNet's)
+    names the token that is never drawn.
     """
 
     config_class = XLNetConfig
     base_model_prefix = "transformer"
-    _tied_weights_keys = {"lm_loss.weight": "transformer.word_embedding.weight"}
+    _tied_weights_keys: ClassVar = {"lm_loss.weight": "transformer.word_embedding.weight"}
 
     def __init__(self, config: XLNetConfig):
         if config.attn_type != "bi" or config.bi_data:
             raise ConfigError(
-                f"an any-subset model needs attn_type 'bi' and bi_data false, got {config.attn_type!r} and {config.bi_data}"
+                "an any-subset model needs attn_type 'bi' and bi_data false, "
+                f"got {config.attn_type!r} and {config.bi_data}"
             )
         super().__init__(config)
         self.transformer = Trunk(config)
@@ -117,10 +119,10 @@ class AnySubsetLM(PreTrainedModel):
     ) -> torch.Tensor:
         """Hidden states [B, Q, E] of the query rows.
 
-        The first C rows are content rows and carry ``ids_BC``; the remaining Q = R - C are query rows. Row r sits at ``position_BR`` and sees every
-        slot whose ``rank_BN`` is below its ``limit_BR``; one that sees nothing has zero attention output.
-        With a ``cache``, content rows are written to its slots and rows attend to all of them; without one, the content rows must
-        be all N positions in order.
+        The first C rows are content rows and carry ``ids_BC``; the remaining Q = R - C are query rows. Row r sits at
+        ``position_BR`` and sees every slot whose ``rank_BN`` is below its ``limit_BR``; one that sees nothing has
+        zero attention output. With a ``cache``, content rows are written to its slots and rows attend to all of them;
+        without one, the content rows must be all N positions in order.
         """
         C, N = ids_BC.shape[1], rank_BN.shape[1]
         if cache is None and C != N:
@@ -153,8 +155,9 @@ class AnySubsetLM(PreTrainedModel):
     def from_pretrained(cls, name_or_path, *args, revision: str = "main", dtype=torch.float32, **kwargs):
         """Load an embedded checkpoint (``tiny-english``), a local folder, or a Hub id at a ``revision``.
 
-        Weights are float32 unless ``dtype`` says otherwise. Raises :class:`ModelNotFoundError` for a name that does not resolve and
-        :class:`CheckpointMismatchError` where the weights are not exactly those that the configuration describes.
+        Weights are float32 unless ``dtype`` says otherwise. Raises :class:`ModelNotFoundError` for a name that does
+        not resolve and :class:`CheckpointMismatchError` where the weights are not exactly those that the
+        configuration describes.
         """
         path = resolve_model(name_or_path)
         want_info = kwargs.pop("output_loading_info", False)
@@ -171,25 +174,14 @@ class AnySubsetLM(PreTrainedModel):
         except OSError as error:
             raise ModelNotFoundError(
                 f"no model {str(name_or_path)!r} at revision {revision!r}: give an embedded name "
-                f"({', '.join(embedded_models())}), a folder with config.json and model.safetensors, or a Hub id and a revision "
-                f"that exist ({error})"
+                f"({', '.join(embedded_models())}), a folder with config.json and model.safetensors, or a Hub id "
+                f"and a revision that exist ({str(error).splitlines()[0]})"
             ) from error
-        wrong = {kind: sorted(info[kind]) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]}
+        wrong = {
+            kind: sorted(info[kind]) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]
+        }
         if wrong:
             raise CheckpointMismatchError(
                 f"checkpoint {str(name_or_path)!r} does not hold the parameters of its config.json: {wrong}"
             )
         return (model, info) if want_info else model
-
-
-def embedded_models() -> list[str]:
-    """Names of the checkpoints that come with the package."""
-    return sorted(path.parent.name for path in ASSETS.glob("*/config.json"))
-
-
-def resolve_model(name_or_path: str | Path) -> str:
-    """The folder of an embedded checkpoint or local path, or the Hub id as it was given."""
-    name = str(name_or_path)
-    if name in embedded_models():
-        return str(ASSETS / name)
-    return name

@@ -1,12 +1,12 @@
 """Who is decoded when, and what each row may see.
 
-An :class:`Order` says at which step (rank) each position is decoded. The given tokens (the prompt) hold the ranks
-``0 .. n_visible-1``. In the default order both the prompt and the masked part are in ascending position (the paper's "mask
-decomposition", section 3: 2^N orders instead of N!).
+An :class:`Order` says at which step (rank) each position is decoded. The given tokens (the prompt) hold the ranks ``0
+.. n_visible-1``. In the default order both the prompt and the masked part are in ascending position (the paper's
+"mask decomposition": 2^N orders instead of N!).
 
-The network computes *rows* (:class:`Rows`). A content row carries a token at a position, a query row only a position. Each row
-has a *limit*: it sees every token whose rank is below its limit. This one comparison is the only attention mask of the
-program (:func:`may_attend`).
+The network computes *rows* (:class:`Rows`). A content row carries a token at a position, a query row only a position.
+Each row has a *limit*: it sees every token whose rank is below its limit. This one comparison is the only attention
+mask of the program (:func:`may_attend`).
 """
 
 from dataclasses import dataclass
@@ -21,8 +21,9 @@ from .errors import ConfigError
 class Order:
     """A decoding order for each sequence of a batch.
 
-    ``order_BN[b, r]`` is the position decoded at rank ``r`` and ``rank_BN`` is its inverse. Ranks below ``n_visible_B`` are
-    given. Positions from ``length_B`` on are padding: they hold the last ranks and no limit ever reaches them.
+    ``order_BN[b, r]`` is the position decoded at rank ``r`` and ``rank_BN`` is its inverse. Ranks below
+    ``n_visible_B`` are given. Positions from ``length_B`` on are padding: they hold the last ranks and no limit ever
+    reaches them.
     """
 
     order_BN: torch.Tensor
@@ -119,7 +120,8 @@ class Rows:
 
 
 def rows_at_ranks(order: Order, start_B: torch.Tensor, end_B: torch.Tensor, width: int) -> Rows:
-    """The rows of ranks ``start_B .. end_B-1``, padded to ``width``, as query rows: each sees what precedes its own rank."""
+    """The rows of ranks ``start_B .. end_B-1``, padded to ``width``, as query rows: each sees what precedes its own
+    rank."""
     N = order.order_BN.shape[1]
     rank_BR = start_B[:, None] + torch.arange(width, device=start_B.device)
     valid_BR = rank_BR < end_B[:, None]

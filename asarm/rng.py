@@ -1,8 +1,8 @@
 """Random numbers keyed by (seed, stream, index).
 
 Every sequence owns its random numbers: they depend on the run's seed, on what they are for (the stream) and on the
-sequence's index, and on nothing else: not on the batch it happens to share, nor on the order in which things run. That is what
-makes batching, sharding and resuming reproducible.
+sequence's index, and on nothing else: not on the batch it happens to share, nor on the order in which things run.
+That is what makes batching, sharding and resuming reproducible.
 """
 
 import zlib

@@ -20,7 +20,9 @@ def prepare_output_dir(name: str) -> Path:
         probe.write_text("")
         probe.unlink()
     except OSError as error:
-        raise OutputDirError(f"cannot write to output_dir {str(path)!r}: {error}; choose another with --output_dir") from error
+        raise OutputDirError(
+            f"cannot write to output_dir {str(path)!r}: {error}; choose another with --output_dir"
+        ) from error
     return path
 
 

@@ -1,7 +1,7 @@
 """Text to ids and back, with ``<mask>`` and ``<mask:12>`` for gaps.
 
-A thin layer over a fast ``tokenizers`` tokenizer with XLNet's special ids. A gap swallows the spaces before it, as Hugging Face's ``<mask>``
-does, because a word's first token carries its leading space.
+A thin layer over a fast ``tokenizers`` tokenizer with XLNet's special ids. A gap swallows the spaces before it, as
+Hugging Face's ``<mask>`` does, because a word's first token carries its leading space.
 """
 
 import re
@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from .embedded import resolve_model
 from .errors import ModelNotFoundError, TextError
 
 # XLNet's special tokens, at their ids 0..8.
@@ -34,7 +35,9 @@ class TextTokenizer:
     def __init__(self, tokenizer: Tokenizer, name: str = "tokenizer"):
         missing = [t for t in ("<mask>", "<eod>") if tokenizer.token_to_id(t) is None]
         if missing:
-            raise TextError(f"{name} has no {', '.join(missing)} token; an any-subset model needs XLNet's special tokens")
+            raise TextError(
+                f"{name} has no {', '.join(missing)} token; an any-subset model needs XLNet's special tokens"
+            )
         tokenizer.encode_special_tokens = True
         tokenizer.no_truncation()
         tokenizer.no_padding()
@@ -46,8 +49,6 @@ class TextTokenizer:
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, revision: str = "main") -> "TextTokenizer":
         """Load ``tokenizer.json`` of an embedded model, a local folder or a Hub id."""
-        from .model import resolve_model
-
         path = Path(resolve_model(name_or_path))
         file = path / "tokenizer.json" if path.is_dir() else path
         if not file.is_file():
@@ -72,10 +73,13 @@ class TextTokenizer:
         return self.backend.decode(ids, skip_special_tokens=False)
 
     def check_lossless(self, text: str) -> None:
-        """Raise :class:`TextError` where encoding and decoding changes ``text`` (XLNet's vocabulary drops newlines, say)."""
+        """Raise :class:`TextError` where encoding and decoding changes ``text`` (XLNet's vocabulary drops newlines,
+        say)."""
         back = self.decode(self.encode(text))
         if back != text:
-            at = next((i for i, (a, b) in enumerate(zip(text, back, strict=False)) if a != b), min(len(text), len(back)))
+            at = next(
+                (i for i, (a, b) in enumerate(zip(text, back, strict=False)) if a != b), min(len(text), len(back))
+            )
             raise TextError(
                 f"this vocabulary does not keep the text: {text[at : at + 20]!r} at character {at} comes back as "
                 f"{back[at : at + 20]!r}; use a model with a byte-level vocabulary"

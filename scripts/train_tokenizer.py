@@ -1,6 +1,7 @@
 """Train a lossless byte-level BPE with XLNet's special ids on JSON lines or raw text.
 
-    python scripts/train_tokenizer.py --data_file '$ASARM_DATA_DIR/train/english-simple.jsonl.gz' --vocab_size 8192 --output_dir runs/tokenizer
+python scripts/train_tokenizer.py --data_file '$ASARM_DATA_DIR/train/english-simple.jsonl.gz' --vocab_size 8192
+--output_dir runs/tokenizer
 """
 
 from pathlib import Path

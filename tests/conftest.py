@@ -19,7 +19,9 @@ def make_model(vocab_size=6, seed=0, dtype=torch.float32, mask_token_id=0, sprea
     """A random model whose distributions are far from uniform (``spread`` is the weights' standard deviation)."""
     torch.manual_seed(seed)
     fields = {"d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 32, "dropout": 0.0, "mem_len": None}
-    config = XLNetConfig(vocab_size=vocab_size, initializer_range=spread, mask_token_id=mask_token_id, **(fields | config))
+    config = XLNetConfig(
+        vocab_size=vocab_size, initializer_range=spread, mask_token_id=mask_token_id, **(fields | config)
+    )
     return AnySubsetLM(config).to(dtype).eval()
 
 

@@ -8,7 +8,8 @@ from asarm.sampling.accept import accepted_prefix, residual
 
 
 def law_of_one_step(draft_V: torch.Tensor, target_V: torch.Tensor) -> torch.Tensor:
-    """The law of the token that comes out, its acceptance probability measured from the kernel on a grid of uniforms."""
+    """The law of the token that comes out, its acceptance probability measured from the kernel on a grid of
+    uniforms."""
     V = len(draft_V)
     accept_V = torch.zeros(V, dtype=torch.float64)
     for x in range(V):
@@ -16,7 +17,12 @@ def law_of_one_step(draft_V: torch.Tensor, target_V: torch.Tensor) -> torch.Tens
             low, high = 0.0, 1.0
             for _ in range(60):
                 middle = (low + high) / 2
-                kept = accepted_prefix(draft_V[x].view(1, 1), target_V[x].view(1, 1), torch.tensor([[middle]], dtype=torch.float64), torch.ones(1, 1).bool())
+                kept = accepted_prefix(
+                    draft_V[x].view(1, 1),
+                    target_V[x].view(1, 1),
+                    torch.tensor([[middle]], dtype=torch.float64),
+                    torch.ones(1, 1).bool(),
+                )
                 low, high = (middle, high) if kept else (low, middle)
             accept_V[x] = low
     weight_V = residual(target_V[None], draft_V[None])[0]

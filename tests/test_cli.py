@@ -16,7 +16,11 @@ from asarm.loading import load
 
 def run(*arguments, **environment):
     return subprocess.run(
-        [sys.executable, "-m", "asarm", *arguments], capture_output=True, text=True, check=False, env=os.environ | environment
+        [sys.executable, "-m", "asarm", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | environment,
     )
 
 
@@ -27,8 +31,12 @@ def tiny():
 
 @pytest.mark.parametrize("command", [[], ["infill"], ["score"], ["train"], ["eval"], ["eval", "speculative"]])
 def test_help_does_not_import_torch(command):
-    script = "import sys; from asarm.cli import main\ntry: main(sys.argv[1:])\nfinally: assert 'torch' not in sys.modules"
-    done = subprocess.run([sys.executable, "-c", script, *command, "--help"], capture_output=True, text=True, check=False)
+    script = (
+        "import sys; from asarm.cli import main\ntry: main(sys.argv[1:])\nfinally: assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, *command, "--help"], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert "usage" in done.stdout
 
@@ -67,8 +75,20 @@ def test_score_of_fills_and_of_a_whole_text(tiny):
 
 
 def test_held_out_likelihood_falls_with_more_context(tmp_path):
-    (tmp_path / "t.txt").write_text("One day a little girl went to the park. She saw a big dog. The dog was happy. " * 12)
-    done = run("score", "--data_file", str(tmp_path / "t.txt"), "--max_length", "64", "--masked_fractions", "0.15", "0.95", "--json")
+    (tmp_path / "t.txt").write_text(
+        "One day a little girl went to the park. She saw a big dog. The dog was happy. " * 12
+    )
+    done = run(
+        "score",
+        "--data_file",
+        str(tmp_path / "t.txt"),
+        "--max_length",
+        "64",
+        "--masked_fractions",
+        "0.15",
+        "0.95",
+        "--json",
+    )
     assert done.returncode == 0, done.stderr
     light, heavy = json.loads(done.stdout)["likelihood"]
     assert light["nll_per_token"] < heavy["nll_per_token"] < 9.01  # log 8192
@@ -80,7 +100,10 @@ def test_held_out_likelihood_falls_with_more_context(tmp_path):
     [
         (["infill", "--text", "nothing to fill"], "no <mask>"),
         (["infill", "--text", "a <mask>", "--model", "no/such-model"], "no/such-model"),
-        (["infill", "--text", "a <mask>", "--model", "no/such-model", "--tokenizer", "tiny-english"], "no model 'no/such-model'"),
+        (
+            ["infill", "--text", "a <mask>", "--model", "no/such-model", "--tokenizer", "tiny-english"],
+            "no model 'no/such-model'",
+        ),
         (["infill", "--text", "a <mask>", "--k", "0"], "k must be at least 1, got 0"),
         (["infill", "--text", "a <mask>", "--temperature", "0"], "temperature must be above 0"),
         (["infill", "--text", "a <mask>", "--temperature", "-1"], "got -1.0"),
@@ -105,7 +128,12 @@ def test_a_mistake_is_one_plain_line_and_status_two(arguments, message, tmp_path
 
 @pytest.mark.parametrize(
     ("yaml", "message"),
-    [("visible_fractoin: 0.1\n", "visible_fractoin"), ("k: five\n", "k"), ("k: [\n", "config"), ("- a\n- b\n", "config")],
+    [
+        ("visible_fractoin: 0.1\n", "visible_fractoin"),
+        ("k: five\n", "k"),
+        ("k: [\n", "config"),
+        ("- a\n- b\n", "config"),
+    ],
 )
 def test_a_malformed_config_is_named_before_anything_runs(yaml, message, tmp_path):
     (tmp_path / "c.yaml").write_text(yaml)

@@ -64,7 +64,7 @@ def test_file_errors(tmp_path, name, content, message):
 
 
 def test_missing_file_and_unreachable_data_set(tmp_path):
-    with pytest.raises(DataFileError, match="no data file .*nowhere"):
+    with pytest.raises(DataFileError, match=r"no data file .*nowhere"):
         read_documents(str(tmp_path / "nowhere.txt"))
     with pytest.raises(DataFileError, match="nobody/nothing"):
         load_text("nobody/nothing")
@@ -100,7 +100,9 @@ def test_training_rows_hold_every_document_once_an_epoch_weights_apart(tokenizer
     n_rows = -(-sum(lengths) // 16)
     epoch = np.concatenate([rows.row(i) for i in range(n_rows)])
     assert (epoch[: sum(lengths)] == tokenizer.separator_id).sum() == 40
-    assert sorted(tokenizer.decode(epoch[: sum(lengths)].tolist()).split("<eod>")[:-1]) == sorted(d.text for d in documents)
+    assert sorted(tokenizer.decode(epoch[: sum(lengths)].tolist()).split("<eod>")[:-1]) == sorted(
+        d.text for d in documents
+    )
     assert np.array_equal(epoch[sum(lengths) :], epoch[: len(epoch) - sum(lengths)])  # the last row wraps around
     second = np.concatenate([rows.row(n_rows + i) for i in range(n_rows)])
     assert not np.array_equal(epoch, second)

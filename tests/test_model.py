@@ -29,7 +29,9 @@ def hugging_face_logits(hf: XLNetLMHeadModel, ids_BN, order):
         encode = hf.transformer.relative_positional_encoding
         hf.transformer.relative_positional_encoding = lambda *a, **k: encode(*a, **k).double()
     with torch.no_grad():
-        return hf(ids_BN, perm_mask=perm_mask.to(hf.dtype), target_mapping=torch.eye(N, dtype=hf.dtype).expand(B, N, N)).logits
+        return hf(
+            ids_BN, perm_mask=perm_mask.to(hf.dtype), target_mapping=torch.eye(N, dtype=hf.dtype).expand(B, N, N)
+        ).logits
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -38,7 +40,9 @@ def hugging_face_logits(hf: XLNetLMHeadModel, ids_BN, order):
 def test_logits_and_joint_log_prob_equal_hugging_face(name, dtype, tolerance, direction, tmp_path):
     torch.manual_seed(1)
     config = XLNetConfig(**CONFIGS[name], dropout=0.0, mem_len=None)
-    first, second = (AnySubsetLM, XLNetLMHeadModel) if direction == "ours to theirs" else (XLNetLMHeadModel, AnySubsetLM)
+    first, second = (
+        (AnySubsetLM, XLNetLMHeadModel) if direction == "ours to theirs" else (XLNetLMHeadModel, AnySubsetLM)
+    )
     first(config).save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").is_file()
     ours = AnySubsetLM.from_pretrained(tmp_path, dtype=dtype).eval()
@@ -46,7 +50,9 @@ def test_logits_and_joint_log_prob_equal_hugging_face(name, dtype, tolerance, di
     assert isinstance(ours if second is AnySubsetLM else theirs, second)
 
     ids_BN, order = random_batch(config.vocab_size, 3, 12, seed=3)
-    order = type(order).from_visible(~order.target_BN | (torch.arange(12) == 5))  # HF cannot express a row that sees nothing
+    order = type(order).from_visible(
+        ~order.target_BN | (torch.arange(12) == 5)
+    )  # HF cannot express a row that sees nothing
     logits_BNV = hugging_face_logits(theirs, ids_BN, order)
     with torch.no_grad():
         hidden_TE, flat_T = target_states(ours, ids_BN, order)
@@ -78,7 +84,7 @@ def test_embedded_checkpoint_by_name():
 
 
 def test_unknown_name_and_unsuitable_architecture(tmp_path):
-    with pytest.raises(ModelNotFoundError, match="no-such-model.*tiny-english"):
+    with pytest.raises(ModelNotFoundError, match=r"no-such-model.*tiny-english"):
         AnySubsetLM.from_pretrained(tmp_path / "no-such-model")
     with pytest.raises(ConfigError, match="'uni'"):
         AnySubsetLM(XLNetConfig(**SMALL, attn_type="uni"))
@@ -86,7 +92,12 @@ def test_unknown_name_and_unsuitable_architecture(tmp_path):
 
 @pytest.mark.parametrize(
     ("field", "value", "message"),
-    [("d_inner", 33, "layer_1"), ("n_layer", 3, "missing_keys"), ("n_layer", 1, "unexpected_keys"), ("vocab_size", 7, "word_embedding")],
+    [
+        ("d_inner", 33, "layer_1"),
+        ("n_layer", 3, "missing_keys"),
+        ("n_layer", 1, "unexpected_keys"),
+        ("vocab_size", 7, "word_embedding"),
+    ],
 )
 def test_a_checkpoint_that_does_not_fit_its_config_is_refused(field, value, message, tmp_path):
     make_model().save_pretrained(tmp_path)

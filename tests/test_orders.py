@@ -14,7 +14,9 @@ def test_every_subset_of_five_positions():
     visible_BN = torch.tensor(list(itertools.product([False, True], repeat=5)))
     order = Order.from_visible(visible_BN)
     assert torch.equal(order.rank_BN.gather(1, order.order_BN), torch.arange(5).expand(32, 5))
-    for visible, positions, n_visible in zip(visible_BN.tolist(), order.order_BN.tolist(), order.n_visible_B, strict=True):
+    for visible, positions, n_visible in zip(
+        visible_BN.tolist(), order.order_BN.tolist(), order.n_visible_B, strict=True
+    ):
         given = [p for p in range(5) if visible[p]]
         masked = [p for p in range(5) if not visible[p]]
         assert positions == given + masked

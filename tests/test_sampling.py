@@ -140,10 +140,20 @@ def test_the_bigram_draft_pays_on_a_repetitive_context():
         (lambda m: SamplerConfig(temperature=0), ConfigError, "temperature must be above 0.*got 0"),
         (lambda m: SamplerConfig("beam"), ConfigError, "'beam'"),
         (lambda m: Law(-1.0), ConfigError, "-1.0"),
-        (lambda m: sample(m, torch.full((1, 3), V), Order.left_to_right(torch.tensor([1]), 3)), ConfigError, rf"got {V}"),
-        (lambda m: sample(m, torch.ones(1, 3).long(), Order.left_to_right(torch.tensor([1]), 4)), ConfigError, "do not match"),
         (
-            lambda m: sample(m, torch.ones(1, 3).long(), Order.left_to_right(torch.tensor([1]), 3), SamplerConfig(banned_ids=(99,))),
+            lambda m: sample(m, torch.full((1, 3), V), Order.left_to_right(torch.tensor([1]), 3)),
+            ConfigError,
+            rf"got {V}",
+        ),
+        (
+            lambda m: sample(m, torch.ones(1, 3).long(), Order.left_to_right(torch.tensor([1]), 4)),
+            ConfigError,
+            "do not match",
+        ),
+        (
+            lambda m: sample(
+                m, torch.ones(1, 3).long(), Order.left_to_right(torch.tensor([1]), 3), SamplerConfig(banned_ids=(99,))
+            ),
             ConfigError,
             "99",
         ),

@@ -71,7 +71,9 @@ def test_a_killed_run_goes_on_where_it_was(finished, tmp_path):
     command += [word for key, value in (SMALL | {"batch_size": 1}).items() for word in (f"--{key}", str(value))]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and (not (tmp_path / "records.jsonl").exists() or len(records_so_far(tmp_path)) < 3):
+    while time.monotonic() < deadline and (
+        not (tmp_path / "records.jsonl").exists() or len(records_so_far(tmp_path)) < 3
+    ):
         time.sleep(0.005)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()

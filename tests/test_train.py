@@ -35,7 +35,14 @@ def text_file(tmp_path):
 
 
 def small_run(text_file, out, steps=12, **changes) -> TrainConfig:
-    optimizer = {"lr": 3e-3, "steps": steps, "warmup_steps": 3, "rows_per_step": 4, "rows_per_pass": 2, "precision": "fp32"}
+    optimizer = {
+        "lr": 3e-3,
+        "steps": steps,
+        "warmup_steps": 3,
+        "rows_per_step": 4,
+        "rows_per_pass": 2,
+        "precision": "fp32",
+    }
     return TrainConfig(
         output_dir=str(out),
         tokenizer="tiny-english",
@@ -55,7 +62,9 @@ def losses(out) -> list[float]:
 
 def test_schedules():
     o = OptimizerConfig(steps=10, warmup_steps=4)
-    assert [lr_factor(s, o) for s in range(11)] == pytest.approx([0.25, 0.5, 0.75, 1, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0])
+    assert [lr_factor(s, o) for s in range(11)] == pytest.approx(
+        [0.25, 0.5, 0.75, 1, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0]
+    )
     m = MaskingConfig(warmup_steps=5000)
     assert masking_range(0, m) == (0.15, 0.15)
     assert masking_range(2500, m) == pytest.approx((0.5, 0.57))
@@ -72,7 +81,8 @@ def test_loss_and_gradient_equal_a_slow_loop_however_the_batch_is_split(rows_per
     split = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
     slow = -sum(
-        joint_log_prob(model, batch.ids_BN[b : b + 1], Order.from_visible(batch.visible_BN[b : b + 1])).item() for b in range(6)
+        joint_log_prob(model, batch.ids_BN[b : b + 1], Order.from_visible(batch.visible_BN[b : b + 1])).item()
+        for b in range(6)
     )
     assert mean == pytest.approx(slow / int((~batch.visible_BN).sum()), rel=1e-5)
     model.zero_grad()
@@ -86,7 +96,7 @@ def test_masking_rates_stay_in_range_and_differ_between_rows():
     tokenizer = TextTokenizer.from_pretrained("tiny-english")
     rows = PackedRows([Document(" ".join(SENTENCES))] * 30, tokenizer, 100, seed=0)
     masked_B = (~step_batch(rows, 0, 16, MaskingConfig(0.2, 0.4, 0.2, 0.4, 0), seed=1).visible_BN).sum(1)
-    assert 20 <= masked_B.min() and masked_B.max() <= 40 and len(masked_B.unique()) > 5
+    assert masked_B.min() >= 20 and masked_B.max() <= 40 and len(masked_B.unique()) > 5
     assert masked_B.tolist() == sorted(masked_B.tolist(), reverse=True)  # like with like
 
 
@@ -127,9 +137,27 @@ def test_resume_equals_an_uninterrupted_run_bit_for_bit(text_file, tmp_path, mon
 
 
 def test_a_killed_process_leaves_whole_checkpoints_and_goes_on(text_file, tmp_path):
-    command = [sys.executable, "-m", "asarm", "train", "--output_dir", str(tmp_path / "run"), "--tokenizer", "tiny-english"]
+    command = [
+        sys.executable,
+        "-m",
+        "asarm",
+        "train",
+        "--output_dir",
+        str(tmp_path / "run"),
+        "--tokenizer",
+        "tiny-english",
+    ]
     command += ["--architecture", '{"d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 16, "dropout": 0.0}']
-    command += ["--data.files", f"['{text_file}']", "--data.max_length", "16", "--checkpoint_every", "5", "--optimizer.steps", "400"]
+    command += [
+        "--data.files",
+        f"['{text_file}']",
+        "--data.max_length",
+        "16",
+        "--checkpoint_every",
+        "5",
+        "--optimizer.steps",
+        "400",
+    ]
     command += ["--optimizer.rows_per_step", "2", "--optimizer.rows_per_pass", "2", "--num_threads", "1"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     folder = tmp_path / "run" / "checkpoints"
@@ -167,7 +195,11 @@ def test_fine_tuning_starts_from_the_given_weights(text_file, tmp_path):
         (lambda c: replace(c, data=replace(c.data, files=[])), ConfigError, "data.files"),
         (lambda c: replace(c, data=replace(c.data, files=["nowhere.txt"])), DataFileError, "nowhere.txt"),
         (lambda c: replace(c, output_dir="/proc/asarm"), OutputDirError, "/proc/asarm"),
-        (lambda c: replace(c, optimizer=replace(c.optimizer, rows_per_pass=3)), ConfigError, "multiple of rows_per_pass"),
+        (
+            lambda c: replace(c, optimizer=replace(c.optimizer, rows_per_pass=3)),
+            ConfigError,
+            "multiple of rows_per_pass",
+        ),
         (lambda c: replace(c, masking=replace(c.masking, final_low=0.95)), ConfigError, "inside"),
     ],
 )

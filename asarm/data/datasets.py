@@ -45,8 +45,9 @@ def _from_hub(name: str, config: str | None, split: str) -> list[Document]:
         raise DataFileError(f"data set {name!r} has no column {error}; it needs a text column") from error
     except Exception as error:  # the library raises its own, the hub's and the network's
         raise DataFileError(
-            f"cannot load data set {name!r} (configuration {config!r}, split {split!r}): give samples, english-valid, wikitext, "
-            f"a Hub id that exists and a network that reaches it, or a local file with --data_file ({type(error).__name__}: {error})"
+            f"cannot load data set {name!r} (configuration {config!r}, split {split!r}): give samples, english-valid, "
+            "wikitext, a Hub id that exists and a network that reaches it, or a local file with --data_file "
+            f"({type(error).__name__}: {str(error).partition(chr(10))[0]})"
         ) from error
     if not documents:
         raise DataFileError(f"data set {name!r}, split {split!r}, holds no text")

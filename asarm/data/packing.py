@@ -1,6 +1,7 @@
 """Documents to rows of a fixed length: concatenated, with a separator after each, and cut.
 
-Nothing is dropped. Training wraps an epoch's last row around to the epoch's beginning; evaluation keeps it as a shorter row.
+Nothing is dropped. Training wraps an epoch's last row around to the epoch's beginning; evaluation keeps it as a
+shorter row.
 """
 
 from fnmatch import fnmatch
@@ -20,17 +21,19 @@ def tokenize(documents: list[Document], tokenizer: TextTokenizer) -> list[np.nda
 
 
 def pack_all(documents: list[Document], tokenizer: TextTokenizer, max_length: int) -> list[np.ndarray]:
-    """Rows of ``max_length`` ids in reading order; the last one may be shorter (one of a single token is not kept: nothing to predict)."""
+    """Rows of ``max_length`` ids in reading order; the last one may be shorter (one of a single token is not kept:
+    nothing to predict)."""
     stream = np.concatenate(tokenize(documents, tokenizer))
     rows = [stream[i : i + max_length] for i in range(0, len(stream), max_length)]
     return [row for row in rows if len(row) > 1]
 
 
 class PackedRows:
-    """An endless, seeded sequence of training rows; row ``i`` is a pure function of the seed and ``i``, so resuming is exact.
+    """An endless, seeded sequence of training rows; row ``i`` is a pure function of the seed and ``i``, so resuming
+    is exact.
 
-    ``weights`` maps a pattern over ``source`` (``ChiLit/*``) to the number of times that such a document appears in an epoch; fractions are
-    drawn anew each epoch. The first pattern that matches counts; without one the weight is 1.
+    ``weights`` maps a pattern over ``source`` (``ChiLit/*``) to the number of times that such a document appears in
+    an epoch; fractions are drawn anew each epoch. The first pattern that matches counts; without one the weight is 1.
     """
 
     def __init__(
@@ -44,12 +47,12 @@ class PackedRows:
         weights = weights or {}
         unused = [p for p in weights if not any(fnmatch(d.source, p) for d in documents)]
         if unused:
-            raise ConfigError(f"source_weights {unused} match no document; sources: {sorted({d.source for d in documents})[:8]}")
+            raise ConfigError(
+                f"source_weights {unused} match no document; sources: {sorted({d.source for d in documents})[:8]}"
+            )
         self.max_length, self.seed = max_length, seed
         self.documents = tokenize(documents, tokenizer)
-        self.weight = np.array(
-            [next((w for p, w in weights.items() if fnmatch(d.source, p)), 1.0) for d in documents]
-        )
+        self.weight = np.array([next((w for p, w in weights.items() if fnmatch(d.source, p)), 1.0) for d in documents])
         self._epoch, self._stream, self._first_row = -1, np.empty(0, np.int32), 0
         self._advance()
 
@@ -60,11 +63,11 @@ class PackedRows:
         rng = generator(self.seed, "epoch", self._epoch)
         copies = np.floor(self.weight + rng.random(len(self.weight))).astype(int)
         which = rng.permutation(np.repeat(np.arange(len(copies)), copies))
-        self._stream = np.concatenate([self.documents[i] for i in which]) if len(which) else self._stream
+        self._stream = np.concatenate([np.empty(0, np.int32), *(self.documents[i] for i in which)])
         if len(self._stream) < self.max_length:
             raise DataFileError(
-                f"an epoch of the training data has {len(self._stream)} tokens, less than one row of {self.max_length}; "
-                "give more text or a shorter data.max_length"
+                f"an epoch of the training data has {len(self._stream)} tokens, less than one row of "
+                f"{self.max_length}; give more text or a shorter data.max_length"
             )
 
     @property

@@ -21,21 +21,25 @@ class Document:
 
 
 def resolve_path(name: str) -> Path:
-    """``name`` with ``~`` and environment variables expanded; raises :class:`DataFileError` where there is no such file."""
+    """``name`` with ``~`` and environment variables expanded; raises :class:`DataFileError` where there is no such
+    file."""
     expanded = os.path.expanduser(os.path.expandvars(name))
     if "$" in expanded:
         raise DataFileError(f"data file {name!r} names an environment variable that is not set; set it or give a path")
     path = Path(expanded)
     if not path.is_file():
-        raise DataFileError(f"no data file {expanded!r}; give a text (.txt, .raw) or JSON lines (.jsonl, .jsonl.gz) file")
+        raise DataFileError(
+            f"no data file {expanded!r}; give a text (.txt, .raw) or JSON lines (.jsonl, .jsonl.gz) file"
+        )
     return path
 
 
 def read_documents(name: str, wikitext: bool = False) -> list[Document]:
     """All documents of a file.
 
-    JSON lines: an object with ``text`` (and optionally ``source``) a line. Any other file is raw text: one document, or with ``wikitext`` one
-    per article, split at its top-level `` = Title = `` headings. Raises :class:`DataFileError` for a file that is unreadable, malformed or empty.
+    JSON lines: an object with ``text`` (and optionally ``source``) a line. Any other file is raw text: one document,
+    or with ``wikitext`` one per article, split at its top-level `` = Title = `` headings. Raises
+    :class:`DataFileError` for a file that is unreadable, malformed or empty.
     """
     path = resolve_path(name)
     json_lines = ".jsonl" in path.suffixes

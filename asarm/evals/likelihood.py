@@ -37,5 +37,13 @@ def held_out_likelihood(config: ScoreConfig) -> dict:
             tokens += int(order.n_masked_B.sum())
             per_row += (-logp_B / order.n_masked_B).tolist()
         se = mean_and_se(per_row)[1]
-        table.append({"masked_fraction": fraction, "nll_per_token": total / tokens, "nll_per_token_se": se, "tokens": tokens})
-    return {"model": config.model, "data_file": config.data_file, "max_length": config.max_length, "rows": len(rows), "likelihood": table}
+        table.append(
+            {"masked_fraction": fraction, "nll_per_token": total / tokens, "nll_per_token_se": se, "tokens": tokens}
+        )
+    return {
+        "model": config.model,
+        "data_file": config.data_file,
+        "max_length": config.max_length,
+        "rows": len(rows),
+        "likelihood": table,
+    }

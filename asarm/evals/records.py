@@ -8,13 +8,18 @@ import yaml
 from ..errors import OutputDirError
 from ..runlog import append_line, write_atomic
 
-FREE_KEYS = {"output_dir", "batch_size", "json"}  # settings that may differ when a run goes on: the records do not depend on them
+FREE_KEYS = {
+    "output_dir",
+    "batch_size",
+    "json",
+}  # settings that may differ when a run goes on: the records do not depend on them
 
 
 class RecordLog:
     """``records.jsonl`` of one run, keyed by (sampler, index).
 
-    Opening it checks that the folder holds no other run: ``config.yaml`` there must agree. A torn last line, as a kill leaves it, is cut off.
+    Opening it checks that the folder holds no other run: ``config.yaml`` there must agree. A torn last line, as a
+    kill leaves it, is cut off.
     """
 
     def __init__(self, folder: Path, config: dict):

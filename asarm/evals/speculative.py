@@ -1,4 +1,6 @@
-"""The speculative-decoding comparison (paper, table 1): the same masked sequences, every sampler, calls, time and likelihood."""
+"""The speculative-decoding comparison (Guo & Ermon 2025, table 1).
+
+The same masked sequences, every sampler: network calls, time and likelihood."""
 
 import time
 from dataclasses import asdict, replace
@@ -19,6 +21,7 @@ from ..model import AnySubsetLM
 from ..orders import random_visible
 from ..rng import generator
 from ..runlog import prepare_output_dir, provenance, write_json
+from ..sampling.decoding import Completion
 from ..sampling.sample import sample
 from ..tokenizer import TextTokenizer
 from .metrics import token_entropy
@@ -41,7 +44,9 @@ def evaluate(config: SpeculativeConfig) -> dict:
     out = prepare_output_dir(config.output_dir)
     text, documents = load_text(config.dataset, config.data_file, config.dataset_config, config.split)
     model, tokenizer = load(config.model, config.revision, config.tokenizer, config.dtype)
-    require_memory(model, config.batch_size, config.max_length, 2 * config.max_length, config.batch_size * (config.k + 1))
+    require_memory(
+        model, config.batch_size, config.max_length, 2 * config.max_length, config.batch_size * (config.k + 1)
+    )
     tasks = masked_sequences(config, pack_all(documents, tokenizer, config.max_length))
     log = RecordLog(out, asdict(config))
     bar = tqdm(total=len(tasks) * len(config.samplers), initial=len(log.records), unit="seq", desc="speculative")
@@ -60,8 +65,8 @@ def masked_sequences(config: SpeculativeConfig, rows: list) -> list[InfillTask]:
     full = [row for row in rows if len(row) == config.max_length] or rows
     if len(full) < config.num_sequences:
         raise DataFileError(
-            f"the text makes {len(full)} sequences of {config.max_length} tokens and num_sequences is {config.num_sequences}; "
-            "give more text, or a smaller --num_sequences or --max_length"
+            f"the text makes {len(full)} sequences of {config.max_length} tokens and num_sequences is "
+            f"{config.num_sequences}; give more text, or a smaller --num_sequences or --max_length"
         )
     tasks = []
     for index, row in enumerate(full[: config.num_sequences]):
@@ -87,12 +92,15 @@ def run_sampler(
         indices = [task.index for task in batch]
         if start == 0:
             warm_up(model, batch, sampler)
-        seconds, completion = timed(lambda: sample(model, ids_BN, order, sampler, config.seed, indices), model)
+        seconds, completion = timed(model, ids_BN, order, sampler, config.seed, indices)
         law = Law(config.temperature, (model.mask_token_id,), config.greedy)
         logp_B = joint_log_prob(model, completion.ids_BN, order.to(model.device), law).tolist()
         for b, task in enumerate(batch):
             ids = completion.ids_BN[b, : len(task.ids)].tolist()
-            counts = {key: int(getattr(completion, f"{key}_B")[b]) for key in ("nfe", "aux_nfe", "rounds", "proposed", "accepted")}
+            counts = {
+                key: int(getattr(completion, f"{key}_B")[b])
+                for key in ("nfe", "aux_nfe", "rounds", "proposed", "accepted")
+            }
             log.add(
                 {
                     "sampler": name,
@@ -116,14 +124,14 @@ def warm_up(model: AnySubsetLM, batch: list[InfillTask], sampler) -> None:
     sample(model, ids_BN, order, sampler)
 
 
-def timed(run, model: AnySubsetLM):
-    """Seconds that ``run()`` takes, the device's work included, and its result."""
+def timed(model: AnySubsetLM, *arguments) -> tuple[float, Completion]:
+    """Seconds that sampling takes, the device's work included, and the completion."""
     synchronise = torch.cuda.synchronize if model.device.type == "cuda" else lambda: None
     synchronise()
     start = time.perf_counter()
-    result = run()
+    completion = sample(model, *arguments)
     synchronise()
-    return time.perf_counter() - start, result
+    return time.perf_counter() - start, completion
 
 
 def summarise(config: SpeculativeConfig, log: RecordLog) -> dict:
@@ -148,7 +156,10 @@ def table(summary: dict) -> str:
     widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
     config = summary["config"]
     title = (
-        f"{config['model']}: {summary['num_sequences']} sequences of {config['max_length']} tokens of {summary['text']}, "
-        f"{1 - config['visible_fraction']:.0%} masked, k = {config['k']}, batches of {config['batch_size']}, {config['dtype']}"
+        f"{config['model']}: {summary['num_sequences']} sequences of {config['max_length']} tokens of "
+        f"{summary['text']}, {1 - config['visible_fraction']:.0%} masked, k = {config['k']}, "
+        f"batches of {config['batch_size']}, {config['dtype']}; mean +- standard error"
     )
-    return "\n".join([title, *("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) for line in [header, *rows])])
+    return "\n".join(
+        [title, *("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) for line in [header, *rows])]
+    )

@@ -1,8 +1,8 @@
-"""Speculative acceptance as pure tensor functions (Leviathan et al. 2023; paper, algorithm 1).
+"""Speculative acceptance as pure tensor functions (Leviathan et al. 2023; Guo & Ermon 2025).
 
-A draft x with probability d(x) is kept with probability min(1, t(x)/d(x)), t being the target; the first that is not kept is replaced by a draw
-from the residual, proportional to max(t - d, 0). Whatever the draft, the token that comes out has law t:
-d(x) min(1, t(x)/d(x)) + (1 - sum min(t, d)) residual(x) = t(x).
+A draft x with probability d(x) is kept with probability min(1, t(x)/d(x)), t being the target; the first that is not
+kept is replaced by a draw from the residual, proportional to max(t - d, 0). Whatever the draft, the token that comes
+out has law t: d(x) min(1, t(x)/d(x)) + (1 - sum min(t, d)) residual(x) = t(x).
 """
 
 import torch
@@ -13,7 +13,8 @@ def accepted_prefix(
 ) -> torch.Tensor:
     """How many drafts are kept before the first that is not, [B].
 
-    ``draft_prob_BK`` and ``target_prob_BK`` are the two probabilities of the drafted tokens; ``valid_BK`` says which columns hold a draft.
+    ``draft_prob_BK`` and ``target_prob_BK`` are the two probabilities of the drafted tokens; ``valid_BK`` says which
+    columns hold a draft.
     """
     kept_BK = valid_BK & (uniform_BK * draft_prob_BK < target_prob_BK)
     return kept_BK.long().cumprod(dim=1).sum(dim=1)

@@ -1,8 +1,10 @@
-"""Any-Subset Speculative Decoding (paper, algorithm 1): draft k tokens, score them jointly in one call, keep the longest prefix that
-speculative rejection allows, and replace the first refused token. Exactly the law of sequential sampling, in fewer calls.
+"""Any-Subset Speculative Decoding (Guo & Ermon 2025): draft k tokens, score them jointly in one call, keep the
+longest prefix that speculative rejection allows, and replace the first refused token. Exactly the law of sequential
+sampling, in fewer calls.
 
-With the self draft a round is two calls and settles two tokens at least (the first draft is exact; then a replacement or a bonus token, unless
-one token was left); with the bigram draft it is one call and settles one at least. So calls never outnumber tokens.
+With the self draft a round is two calls and settles two tokens at least (the first draft is exact; then a replacement
+or a bonus token, unless one token was left); with the bigram draft it is one call and settles one at least. So calls
+never outnumber tokens.
 """
 
 import torch
@@ -35,8 +37,8 @@ def decode_assd_ngram(state: Decoding) -> None:
 
 
 def verify(state: Decoding, draft: Draft, n_exact: int) -> None:
-    """Score the drafts in one call, keep the first ``n_exact`` and the accepted prefix of the rest, and settle one more token: the
-    replacement of the first refused draft, or the bonus token after the last accepted one.
+    """Score the drafts in one call, keep the first ``n_exact`` and the accepted prefix of the rest, and settle one
+    more token: the replacement of the first refused draft, or the bonus token after the last accepted one.
     """
     start_B = state.settled_B + n_exact  # the first rank whose draft is put to the test
     state.put(draft.rows, draft.ids_BK)

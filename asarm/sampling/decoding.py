@@ -1,9 +1,9 @@
 """The state of a batch being decoded, and the network call that every sampler makes.
 
-Sequences are ragged in everything: length, prompt, progress. Each has its own random numbers, three per rank: one to draft the token, one to accept
-it, one to draw it from the target (or the residual). A number is used up only when its rank is settled: a draft that is thrown away
-because an *earlier* one was refused has not been looked at, so its number is still fresh. Hence the table can be drawn
-beforehand, and a sequence's tokens do not depend on its batch.
+Sequences are ragged in everything: length, prompt, progress. Each has its own random numbers, three per rank: one to
+draft the token, one to accept it, one to draw it from the target (or the residual). A number is used up only when its
+rank is settled: a draft that is thrown away because an *earlier* one was refused has not been looked at, so its
+number is still fresh. Hence the table can be drawn beforehand, and a sequence's tokens do not depend on its batch.
 """
 
 from dataclasses import dataclass
@@ -24,10 +24,11 @@ from ..rng import rank_uniforms
 class Completion:
     """What a sampler returns. All tensors are on the model's device; counts are int64.
 
-    ``ids_BN`` holds prompt and drawn tokens, ``logp_B`` (float64, nats) the log-probability of what was drawn under the law it was drawn
-    from (for ``parallel`` that is the product of the marginals, not the model's joint). ``nfe_B`` counts the network calls in which
-    the sequence took part, ``aux_nfe_B`` those of an auxiliary draft model. ``proposed_B`` drafts were put to the test and
-    ``accepted_B`` of them kept (the first draft of a self-drafting round is exact and not counted).
+    ``ids_BN`` holds prompt and drawn tokens, ``logp_B`` (float64, nats) the log-probability of what was drawn under
+    the law it was drawn from (for ``parallel`` that is the product of the marginals, not the model's joint).
+    ``nfe_B`` counts the network calls in which the sequence took part, ``aux_nfe_B`` those of an auxiliary draft
+    model. ``proposed_B`` drafts were put to the test and ``accepted_B`` of them kept (the first draft of a
+    self-drafting round is exact and not counted).
     """
 
     ids_BN: torch.Tensor
@@ -40,10 +41,17 @@ class Completion:
 
 
 class Decoding:
-    """A batch in progress: ranks below ``settled_B`` are final, ranks below ``cached_B`` have keys and values in the cache."""
+    """A batch in progress: ranks below ``settled_B`` are final, ranks below ``cached_B`` have keys and values in the
+    cache."""
 
     def __init__(
-        self, model: AnySubsetLM, ids_BN: torch.Tensor, order: Order, config: SamplerConfig, seed: int, indices: list[int]
+        self,
+        model: AnySubsetLM,
+        ids_BN: torch.Tensor,
+        order: Order,
+        config: SamplerConfig,
+        seed: int,
+        indices: list[int],
     ):
         B, N = ids_BN.shape
         mask_id = model.mask_token_id
@@ -67,12 +75,15 @@ class Decoding:
     def _check(self, ids_BN: torch.Tensor, indices: list[int]) -> None:
         if self.order.order_BN.shape != ids_BN.shape or len(indices) != len(ids_BN):
             raise ConfigError(
-                f"ids {list(ids_BN.shape)}, order {list(self.order.order_BN.shape)} and {len(indices)} indices do not match"
+                f"ids {list(ids_BN.shape)}, order {list(self.order.order_BN.shape)} and {len(indices)} indices "
+                "do not match"
             )
         vocab_size = self.model.config.vocab_size
         prompt = ids_BN[self.order.rank_BN < self.order.n_visible_B[:, None]]
         if prompt.numel() and not 0 <= int(prompt.min()) <= int(prompt.max()) < vocab_size:
-            raise ConfigError(f"token ids must lie in 0 .. {vocab_size - 1}, got {int(prompt.min())} .. {int(prompt.max())}")
+            raise ConfigError(
+                f"token ids must lie in 0 .. {vocab_size - 1}, got {int(prompt.min())} .. {int(prompt.max())}"
+            )
         if any(not 0 <= i < vocab_size for i in self.law.banned_ids) or len(self.law.banned_ids) >= vocab_size:
             raise ConfigError(f"banned_ids {self.law.banned_ids} must be some, not all, of 0 .. {vocab_size - 1}")
 
@@ -91,12 +102,16 @@ class Decoding:
         return rows_at_ranks(self.order, start_B, torch.minimum(end_B, self.order.length_B), width)
 
     def call(
-        self, query: Rows, draft_end_B: torch.Tensor | None = None, n_drafts: int = 0, limit_B: torch.Tensor | None = None
+        self,
+        query: Rows,
+        draft_end_B: torch.Tensor | None = None,
+        n_drafts: int = 0,
+        limit_B: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """One network call: logits [B, Q, V] of the query rows.
 
-        The content rows are the settled tokens that are not cached yet and the drafts up to rank ``draft_end_B`` (at most ``n_drafts``). Query rows
-        see what precedes their own rank, or with ``limit_B`` what precedes that rank.
+        The content rows are the settled tokens that are not cached yet and the drafts up to rank ``draft_end_B`` (at
+        most ``n_drafts``). Query rows see what precedes their own rank, or with ``limit_B`` what precedes that rank.
         """
         end_B = self.settled_B if draft_end_B is None else draft_end_B
         content = self.rows(self.cached_B, end_B, self.backlog + n_drafts)
@@ -122,7 +137,8 @@ class Decoding:
         self.ids_BS.scatter_(1, rows.position_BR, ids_BR)
 
     def settle(self, settled_B: torch.Tensor, cached_B: torch.Tensor, backlog: int) -> None:
-        """Everything below ``settled_B`` is final; below ``cached_B`` it is cached, which leaves at most ``backlog`` tokens."""
+        """Everything below ``settled_B`` is final; below ``cached_B`` it is cached, which leaves at most ``backlog``
+        tokens."""
         self.settled_B = torch.minimum(settled_B, self.order.length_B)
         self.cached_B, self.backlog = torch.minimum(cached_B, self.settled_B), backlog
 

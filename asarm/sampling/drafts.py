@@ -19,7 +19,8 @@ class Draft:
 
 
 def self_draft(state: Decoding) -> Draft:
-    """k tokens as if they were independent, in one network call: every row sees exactly the settled tokens (paper, algorithm 1).
+    """k tokens as if they were independent, in one network call: every row sees exactly the settled tokens (Guo &
+    Ermon 2025).
 
     The first is drawn from its true conditional.
     """
@@ -30,7 +31,7 @@ def self_draft(state: Decoding) -> Draft:
 
 
 def bigram_draft(state: Decoding) -> Draft:
-    """k tokens, one after another, from the bigram of the settled tokens (paper, section 5.2); no network call.
+    """k tokens, one after another, from the bigram of the settled tokens (Guo & Ermon 2025); no network call.
 
     A token follows its left neighbour as often as it does in the settled text; where the neighbour is unknown or has no
     successor there, the unigram of the settled text stands in, and the uniform distribution where nothing is settled.

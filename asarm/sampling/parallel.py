@@ -1,6 +1,7 @@
 """k tokens a call without correction: the biased baseline of masked diffusion models.
 
-Every token of a call is drawn from its own conditional as if the others did not exist, so the result does not have the model's law.
+Every token of a call is drawn from its own conditional as if the others did not exist, so the result does not have
+the model's law.
 """
 
 from .decoding import Decoding, chosen

@@ -29,8 +29,8 @@ def sample(
 ) -> Completion:
     """Draw the tokens that ``order`` leaves masked.
 
-    What ``ids_BN`` holds at masked positions is ignored. Sequence b draws with the random numbers of (``seed``, ``indices[b]``), by default
-    its row number: its tokens do not depend on what else is in the batch (in float32).
+    What ``ids_BN`` holds at masked positions is ignored. Sequence b draws with the random numbers of (``seed``,
+    ``indices[b]``), by default its row number: its tokens do not depend on what else is in the batch (in float32).
     """
     config = config or SamplerConfig()
     indices = list(range(len(ids_BN))) if indices is None else indices

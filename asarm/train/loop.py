@@ -46,7 +46,9 @@ def train(config: TrainConfig) -> Path:
     """Run (or, with ``resume``, go on with) a training run; returns the folder of the final checkpoint."""
     out = prepare_output_dir(config.output_dir)
     if not config.resume and (checkpoints(out / "checkpoints") or (out / "final").exists()):
-        raise OutputDirError(f"{out} already holds a run; go on with it with --resume true, or choose another --output_dir")
+        raise OutputDirError(
+            f"{out} already holds a run; go on with it with --resume true, or choose another --output_dir"
+        )
     documents = [d for name in config.data.files for d in read_documents(name)]
     tokenizer = TextTokenizer.from_pretrained(config.tokenizer or config.model, config.revision)
     if config.num_threads:
@@ -75,7 +77,8 @@ def restore(out: Path, config: TrainConfig, model: AnySubsetLM, optimizer: torch
     changed = [key for key in now if key not in free and now[key] != state["config"][key]]
     if changed:
         raise ConfigError(
-            f"{out} was trained with other settings of {', '.join(changed)}; restore them, or choose another --output_dir"
+            f"{out} was trained with other settings of {', '.join(changed)}; restore them, "
+            "or choose another --output_dir"
         )
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])

@@ -1,4 +1,4 @@
-"""The joint objective on packed rows: one random subset order per row (paper, section 5)."""
+"""The joint objective on packed rows: one random subset order per row (Guo & Ermon 2025)."""
 
 from dataclasses import dataclass
 
@@ -45,7 +45,9 @@ def accumulate_gradients(model: AnySubsetLM, batch: Batch, rows_per_pass: int, p
     device = model.device
     n_targets = int((~batch.visible_BN).sum())
     total = 0.0
-    for ids_PN, visible_PN in zip(batch.ids_BN.split(rows_per_pass), batch.visible_BN.split(rows_per_pass), strict=True):
+    for ids_PN, visible_PN in zip(
+        batch.ids_BN.split(rows_per_pass), batch.visible_BN.split(rows_per_pass), strict=True
+    ):
         order = Order.from_visible(visible_PN).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             loss, _ = negative_log_likelihood(model, ids_PN.to(device), order)

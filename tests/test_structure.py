@@ -1,0 +1,53 @@
+"""The house: a module imports only from modules before it in the package's reading order; files stay short."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import asarm
+
+PACKAGE = Path(asarm.__file__).parent
+MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p.name not in ("__init__.py", "__main__.py"))
+
+
+def reading_order() -> list[str]:
+    """Module names in the order that the package's docstring gives, folders expanded."""
+    text = re.search(r"before it: (.*?)\.\n\n", asarm.__doc__, re.S)[1].replace("\n", " ")
+    names = []
+    for entry in re.findall(r"(\w+)/ \(([^)]*)\)|(\w+)", text):
+        names += [f"{entry[0]}.{name.strip()}" for name in entry[1].split(",")] if entry[0] else [entry[2]]
+    return names
+
+
+def dotted(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+def test_the_reading_order_names_every_module():
+    assert sorted(reading_order()) == sorted(dotted(p) for p in MODULES)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=dotted)
+def test_a_module_imports_only_from_above(path):
+    order, own = reading_order(), dotted(path).split(".")
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = own[: len(own) - node.level]
+            imported = ".".join([*base, node.module]) if node.module else None
+            assert imported in order, f"{dotted(path)} imports {imported}"
+            assert order.index(imported) < order.index(dotted(path)), f"{dotted(path)} imports {imported}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=dotted)
+def test_files_are_short_and_say_what_they_are_for(path):
+    text = path.read_text()
+    assert ast.get_docstring(ast.parse(text)), "no module docstring"
+    assert text.count("\n") <= 320
+
+
+def test_readme_captions_every_module():
+    readme = (PACKAGE.parent / "README.md").read_text()
+    for path in MODULES:
+        assert path.name in readme, path
