@@ -9,6 +9,11 @@ class UserError(ValueError):
     """Something the caller can put right. The message says what was wrong and what to do."""
 
 
+def reason(error: Exception) -> str:
+    """A library's error as part of one line: its kind and the first line of its message."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
 class ConfigError(UserError):
     """A setting that is out of range, or settings that contradict each other."""
 

@@ -18,7 +18,7 @@ from transformers.activations import ACT2FN
 from .attention import RelativeAttention, relative_encoding
 from .cache import SlotCache
 from .embedded import embedded_models, resolve_model
-from .errors import CheckpointMismatchError, ConfigError, ModelNotFoundError
+from .errors import CheckpointMismatchError, ConfigError, ModelNotFoundError, reason
 from .orders import may_attend
 
 XLNET_MASK_ID = 6
@@ -175,7 +175,7 @@ class AnySubsetLM(PreTrainedModel):
             raise ModelNotFoundError(
                 f"no model {str(name_or_path)!r} at revision {revision!r}: give an embedded name "
                 f"({', '.join(embedded_models())}), a folder with config.json and model.safetensors, or a Hub id "
-                f"and a revision that exist ({str(error).splitlines()[0]})"
+                f"and a revision that exist ({reason(error)})"
             ) from error
         wrong = {
             kind: sorted(info[kind]) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]

@@ -12,7 +12,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from .embedded import resolve_model
-from .errors import ModelNotFoundError, TextError
+from .errors import ModelNotFoundError, TextError, reason
 
 # XLNet's special tokens, at their ids 0..8.
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<cls>", "<sep>", "<pad>", "<mask>", "<eod>", "<eop>")
@@ -58,7 +58,7 @@ class TextTokenizer:
         except TextError:
             raise
         except Exception as error:  # the library raises a bare Exception for a malformed file
-            raise ModelNotFoundError(f"{file} is not a fast tokenizer: {error}") from error
+            raise ModelNotFoundError(f"{file} is not a fast tokenizer ({reason(error)})") from error
 
     def __len__(self) -> int:
         return self.backend.get_vocab_size()
@@ -127,7 +127,7 @@ def _download(name: str, revision: str) -> str:
     except Exception as error:  # the hub raises its own, requests' and plain OSErrors
         raise ModelNotFoundError(
             f"no tokenizer.json for {name!r} at revision {revision!r}: give --tokenizer with a folder or a Hub id that "
-            f"has one (xlnet/xlnet-base-cased, for instance) ({type(error).__name__}: {error})"
+            f"has one (xlnet/xlnet-base-cased, for instance) ({reason(error)})"
         ) from error
 
 

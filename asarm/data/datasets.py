@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from ..errors import DataFileError
+from ..errors import DataFileError, reason
 from .sources import Document, read_documents
 
 SAMPLES = Path(__file__).parents[2] / "eval_datasets" / "samples"
@@ -47,7 +47,7 @@ def _from_hub(name: str, config: str | None, split: str) -> list[Document]:
         raise DataFileError(
             f"cannot load data set {name!r} (configuration {config!r}, split {split!r}): give samples, english-valid, "
             "wikitext, a Hub id that exists and a network that reaches it, or a local file with --data_file "
-            f"({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+            f"({reason(error)})"
         ) from error
     if not documents:
         raise DataFileError(f"data set {name!r}, split {split!r}, holds no text")
