@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from .law import Law
+from .memory import require_memory
 from .model import AnySubsetLM
 from .orders import Order, content_limit, rows_at_ranks
 
@@ -42,6 +43,11 @@ def negative_log_likelihood(model: AnySubsetLM, ids_BN: torch.Tensor, order: Ord
     return F.cross_entropy(model.logits(hidden_TE).float(), ids_BN.flatten()[flat_T], reduction="sum"), len(flat_T)
 
 
+def require_memory_for_density(model: AnySubsetLM, batch: int, length: int) -> None:
+    """Raise :class:`~asarm.errors.MemoryBudgetError` where scoring such a batch would not fit."""
+    require_memory(model, batch, length, 2 * length, min(PROJECTION_ROWS, batch * length))
+
+
 @torch.no_grad()
 def conditional_log_probs(
     model: AnySubsetLM, ids_BN: torch.Tensor, order: Order, law: Law | None = None
@@ -52,6 +58,7 @@ def conditional_log_probs(
     ``law`` is the law to score under (default: the model's own, temperature 1, nothing banned).
     """
     law = law or Law()
+    require_memory_for_density(model, *ids_BN.shape)
     hidden_TE, flat_T = target_states(model, ids_BN, order)
     logp_X = torch.zeros(ids_BN.numel(), dtype=torch.float64, device=ids_BN.device)
     for hidden_CE, flat_C in zip(hidden_TE.split(PROJECTION_ROWS), flat_T.split(PROJECTION_ROWS), strict=True):

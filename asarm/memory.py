@@ -6,7 +6,7 @@ import torch
 from .errors import MemoryBudgetError
 from .model import AnySubsetLM
 
-SCORE_COPIES = 7  # float32 [rows, slots] arrays per head alive at the peak of one attention call, measured
+SCORE_COPIES = 8  # float32 [rows, slots] arrays per head alive at the peak of an attention call, as measured
 
 
 def call_bytes(model: AnySubsetLM, batch: int, length: int, n_rows: int, n_projected: int) -> int:

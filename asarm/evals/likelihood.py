@@ -5,10 +5,9 @@ from tqdm import tqdm
 from ..config import ScoreConfig
 from ..data.packing import pack_all
 from ..data.sources import read_documents
-from ..density import joint_log_prob
+from ..density import joint_log_prob, require_memory_for_density
 from ..infill import InfillTask, collate
 from ..loading import load
-from ..memory import require_memory
 from ..orders import random_visible
 from ..rng import generator
 from .stats import mean_and_se
@@ -22,7 +21,7 @@ def held_out_likelihood(config: ScoreConfig) -> dict:
     documents = read_documents(config.data_file)
     model, tokenizer = load(config.model, config.revision, config.tokenizer)
     rows = pack_all(documents, tokenizer, config.max_length)[: config.num_sequences]
-    require_memory(model, config.batch_size, config.max_length, 2 * config.max_length, config.batch_size)
+    require_memory_for_density(model, config.batch_size, config.max_length)
     table = []
     for fraction in config.masked_fractions:
         tasks = []

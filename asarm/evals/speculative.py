@@ -11,12 +11,11 @@ from tqdm import tqdm
 from ..config import SpeculativeConfig
 from ..data.datasets import load_text
 from ..data.packing import pack_all
-from ..density import joint_log_prob
+from ..density import joint_log_prob, require_memory_for_density
 from ..errors import DataFileError
 from ..infill import InfillTask, collate
 from ..law import Law
 from ..loading import load
-from ..memory import require_memory
 from ..model import AnySubsetLM
 from ..orders import random_visible
 from ..rng import generator
@@ -44,9 +43,7 @@ def evaluate(config: SpeculativeConfig) -> dict:
     out = prepare_output_dir(config.output_dir)
     text, documents = load_text(config.dataset, config.data_file, config.dataset_config, config.split)
     model, tokenizer = load(config.model, config.revision, config.tokenizer, config.dtype)
-    require_memory(
-        model, config.batch_size, config.max_length, 2 * config.max_length, config.batch_size * (config.k + 1)
-    )
+    require_memory_for_density(model, config.batch_size, config.max_length)
     tasks = masked_sequences(config, pack_all(documents, tokenizer, config.max_length))
     log = RecordLog(out, asdict(config))
     bar = tqdm(total=len(tasks) * len(config.samplers), initial=len(log.records), unit="seq", desc="speculative")
