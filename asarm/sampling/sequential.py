@@ -12,5 +12,5 @@ def decode_sequential(state: Decoding) -> None:
         logp_B1V = state.law.log_probs(state.call(row))
         ids_B1 = draw(logp_B1V.exp(), state.uniforms(state.target_uniform_BN, row))
         state.put(row, ids_B1)
-        state.logp_B += (chosen(logp_B1V, ids_B1) * row.valid_BR).nan_to_num().sum(1)
+        state.logp_B += chosen(logp_B1V, ids_B1).where(row.valid_BR, 0).sum(1)
         state.settle(state.settled_B + 1, state.settled_B, backlog=1)
