@@ -12,8 +12,9 @@ from typing import get_args, get_origin
 import docstring_parser
 from jsonargparse import ActionConfigFile, ActionYesNo, ArgumentParser
 
-from .config import InfillConfig, ScoreConfig, SpeculativeConfig, TrainConfig
+from .config import TrainConfig
 from .errors import ConfigError, UserError
+from .evals.config import InfillConfig, ScoreConfig, SpeculativeConfig
 
 
 def run_infill(config: InfillConfig) -> None:

@@ -1,4 +1,5 @@
-"""Every setting of the program: one dataclass a section, filled from a YAML file and overridden on the command line.
+"""Settings of sampling and training: one dataclass a section, filled from a YAML file and overridden on the command
+line. Those of the other commands are in :mod:`asarm.evals.config`.
 
 Imports nothing heavy, so that ``--help`` answers at once. Ranges are checked when a section is made.
 """
@@ -8,9 +9,10 @@ from dataclasses import dataclass, field
 from .errors import ConfigError
 
 SAMPLERS = ("sequential", "assd", "assd-ngram", "parallel")
+ONE_PASS = "+one-pass"
 
 
-def _require(ok: bool, name: str, value: object, rule: str) -> None:
+def require(ok: bool, name: str, value: object, rule: str) -> None:
     if not ok:
         raise ConfigError(f"{name} must be {rule}, got {value!r}")
 
@@ -26,6 +28,7 @@ class SamplerConfig:
         temperature: of the distribution that is sampled from, above 0.
         greedy: always the most likely token.
         bonus_token: after k accepted drafts, draw one more from the verification pass.
+        one_pass: draft in the pass that verifies the drafts before, one call a round (assd only).
         banned_ids: token ids that are never drawn; the mask token always is one.
     """
 
@@ -34,14 +37,23 @@ class SamplerConfig:
     temperature: float = 1.0
     greedy: bool = False
     bonus_token: bool = True
+    one_pass: bool = False
     banned_ids: tuple[int, ...] = ()
 
     def __post_init__(self):
-        _require(self.name in SAMPLERS, "sampler", self.name, f"one of {', '.join(SAMPLERS)}")
-        _require(self.k >= 1, "k", self.k, "at least 1")
-        _require(
-            self.temperature > 0, "temperature", self.temperature, "above 0 (for the most likely token use greedy)"
+        require(self.name in SAMPLERS, "sampler", self.name, f"one of {', '.join(SAMPLERS)}")
+        require(self.k >= 1, "k", self.k, "at least 1")
+        require(self.temperature > 0, "temperature", self.temperature, "above 0 (for the most likely token use greedy)")
+        require(not self.one_pass or self.name == "assd", "one_pass", self.name, "used with the sampler assd")
+        require(
+            not self.one_pass or self.bonus_token, "bonus_token", False, "true with one_pass, which always draws it"
         )
+
+    @classmethod
+    def named(cls, name: str, **settings) -> "SamplerConfig":
+        """From a name as in the evaluations' tables, where one-pass forms end in ``+one-pass``."""
+        base = name.removesuffix(ONE_PASS)
+        return cls(base, one_pass=base != name, **settings)
 
 
 @dataclass(frozen=True)
@@ -60,7 +72,7 @@ class DataConfig:
     max_length: int = 512
 
     def __post_init__(self):
-        _require(self.max_length >= 2, "data.max_length", self.max_length, "at least 2")
+        require(self.max_length >= 2, "data.max_length", self.max_length, "at least 2")
 
 
 @dataclass(frozen=True)
@@ -77,7 +89,7 @@ class MaskingConfig:
     def __post_init__(self):
         for which in ("start", "final"):
             low, high = getattr(self, f"{which}_low"), getattr(self, f"{which}_high")
-            _require(0 < low <= high < 1, f"masking.{which}_low..{which}_high", (low, high), "a range inside (0, 1)")
+            require(0 < low <= high < 1, f"masking.{which}_low..{which}_high", (low, high), "a range inside (0, 1)")
 
 
 @dataclass(frozen=True)
@@ -103,16 +115,16 @@ class OptimizerConfig:
     precision: str = "bf16"
 
     def __post_init__(self):
-        _require(self.lr > 0, "optimizer.lr", self.lr, "above 0")
-        _require(self.steps >= 1, "optimizer.steps", self.steps, "at least 1")
-        _require(self.rows_per_pass >= 1, "optimizer.rows_per_pass", self.rows_per_pass, "at least 1")
-        _require(
+        require(self.lr > 0, "optimizer.lr", self.lr, "above 0")
+        require(self.steps >= 1, "optimizer.steps", self.steps, "at least 1")
+        require(self.rows_per_pass >= 1, "optimizer.rows_per_pass", self.rows_per_pass, "at least 1")
+        require(
             self.rows_per_step % self.rows_per_pass == 0,
             "optimizer.rows_per_step",
             self.rows_per_step,
             f"a multiple of rows_per_pass ({self.rows_per_pass})",
         )
-        _require(self.precision in ("bf16", "fp32"), "optimizer.precision", self.precision, "bf16 or fp32")
+        require(self.precision in ("bf16", "fp32"), "optimizer.precision", self.precision, "bf16 or fp32")
 
 
 @dataclass(frozen=True)
@@ -150,159 +162,8 @@ class TrainConfig:
     num_threads: int | None = None
 
     def __post_init__(self):
-        _require(bool(self.data.files), "data.files", self.data.files, "a list of at least one file")
+        require(bool(self.data.files), "data.files", self.data.files, "a list of at least one file")
         if self.model is None and not (self.architecture and self.tokenizer):
             raise ConfigError("training needs a model to start from, or an architecture and a tokenizer")
         if self.model is not None and self.architecture:
             raise ConfigError(f"model {self.model!r} fixes the architecture; remove the architecture section")
-
-
-@dataclass(frozen=True)
-class InfillConfig:
-    """Fill the gaps of a text.
-
-    Args:
-        text: with <mask> (one token) and <mask:n> (n tokens) where something is to be filled in; - reads standard
-            input.
-        model: embedded name (tiny-english), folder or Hub id.
-        revision: of a Hub id.
-        tokenizer: folder or Hub id with a tokenizer.json (default: the model's own).
-        sampler: sequential, assd, assd-ngram or parallel (biased).
-        k: tokens drafted a round.
-        temperature: above 0.
-        greedy: always the most likely token.
-        num_samples: how many fillings.
-        seed: of the random numbers.
-        json: print one JSON object instead of plain text.
-    """
-
-    text: str
-    model: str = "tiny-english"
-    revision: str = "main"
-    tokenizer: str | None = None
-    sampler: str = "assd"
-    k: int = 5
-    temperature: float = 1.0
-    greedy: bool = False
-    num_samples: int = 1
-    seed: int = 0
-    json: bool = False
-
-    def __post_init__(self):
-        _require(self.num_samples >= 1, "num_samples", self.num_samples, "at least 1")
-        self.sampler_config()
-
-    def sampler_config(self) -> SamplerConfig:
-        return SamplerConfig(self.sampler, self.k, self.temperature, self.greedy)
-
-
-@dataclass(frozen=True)
-class ScoreConfig:
-    """Log-probability of a text, of fills for its gaps, or of held-out text at given masking rates.
-
-    Args:
-        text: scored as a whole, or, with <mask> gaps, given; - reads standard input.
-        fills: one text for each gap of text.
-        data_file: instead of text: packed rows of this file, a random subset of each masked and scored.
-        masked_fractions: masking rates for data_file.
-        max_length: tokens in a row of data_file.
-        num_sequences: rows of data_file (default: all).
-        batch_size: rows scored together.
-        model: embedded name (tiny-english), folder or Hub id.
-        revision: of a Hub id.
-        tokenizer: folder or Hub id with a tokenizer.json (default: the model's own).
-        seed: of the masks.
-        json: print one JSON object instead of plain text.
-    """
-
-    text: str | None = None
-    fills: list[str] = field(default_factory=list)
-    data_file: str | None = None
-    masked_fractions: list[float] = field(default_factory=lambda: [0.15, 0.5, 0.95], metadata={"separator": ","})
-    max_length: int = 256
-    num_sequences: int | None = None
-    batch_size: int = 8
-    model: str = "tiny-english"
-    revision: str = "main"
-    tokenizer: str | None = None
-    seed: int = 0
-    json: bool = False
-
-    def __post_init__(self):
-        _require(
-            (self.text is None) != (self.data_file is None),
-            "text, data_file",
-            (self.text, self.data_file),
-            "one of the two",
-        )
-        for fraction in self.masked_fractions:
-            _require(0 < fraction <= 1, "masked_fractions", fraction, "in (0, 1]")
-        _require(self.max_length >= 2, "max_length", self.max_length, "at least 2")
-        _require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
-        _require(
-            self.num_sequences is None or self.num_sequences >= 1, "num_sequences", self.num_sequences, "at least 1"
-        )
-
-
-@dataclass(frozen=True)
-class SpeculativeConfig:
-    """Compare samplers on masked text: calls, time, likelihood.
-
-    Args:
-        model: embedded name (tiny-english), folder or Hub id.
-        revision: of a Hub id.
-        tokenizer: folder or Hub id with a tokenizer.json (default: the model's own).
-        dataset: auto (english-valid where ASARM_DATA_DIR is set, else samples), samples, english-valid, wikitext, or
-            a Hub data set id or folder.
-        dataset_config: configuration name of a Hub data set.
-        split: of a Hub data set.
-        data_file: raw text or JSON lines instead; with dataset wikitext split at its headings.
-        output_dir: receives config.yaml, records.jsonl and summary.json; a run that was stopped goes on there.
-        num_sequences: packed sequences to mask.
-        max_length: tokens in a sequence.
-        visible_fraction: share of the tokens that is given, a random subset.
-        samplers: to compare.
-        k: tokens drafted a round (drawn a call, for parallel).
-        temperature: above 0.
-        greedy: always the most likely token.
-        bonus_token: one more token after k accepted drafts.
-        batch_size: sequences decoded together; seconds per sequence are a batch's divided by it.
-        dtype: float32 or bfloat16.
-        seed: of masks and samples.
-        json: print the summary as one JSON object instead of the table.
-    """
-
-    model: str = "tiny-english"
-    revision: str = "main"
-    tokenizer: str | None = None
-    dataset: str = "auto"
-    dataset_config: str | None = None
-    split: str = "validation"
-    data_file: str | None = None
-    output_dir: str = "runs/speculative"
-    num_sequences: int = 64
-    max_length: int = 128
-    visible_fraction: float = 0.05
-    samplers: list[str] = field(default_factory=lambda: list(SAMPLERS), metadata={"separator": ","})
-    k: int = 5
-    temperature: float = 1.0
-    greedy: bool = False
-    bonus_token: bool = True
-    batch_size: int = 8
-    dtype: str = "float32"
-    seed: int = 0
-    json: bool = False
-
-    def __post_init__(self):
-        _require(self.num_sequences >= 1, "num_sequences", self.num_sequences, "at least 1")
-        _require(self.max_length >= 2, "max_length", self.max_length, "at least 2")
-        _require(0 <= self.visible_fraction < 1, "visible_fraction", self.visible_fraction, "in [0, 1)")
-        _require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
-        _require(self.dtype in ("float32", "bfloat16"), "dtype", self.dtype, "float32 or bfloat16")
-        _require(bool(self.samplers), "samplers", self.samplers, "a list of at least one")
-        _require(len(set(self.samplers)) == len(self.samplers), "samplers", self.samplers, "without repetition")
-        for name in self.samplers:
-            self.sampler_config(name)
-
-    def sampler_config(self, name: str) -> SamplerConfig:
-        return SamplerConfig(name, self.k, self.temperature, self.greedy, self.bonus_token)

@@ -118,20 +118,32 @@ class Rows:
     valid_BR: torch.Tensor
     rank_BR: torch.Tensor
 
+    def followed_by(self, other: "Rows") -> "Rows":
+        """These rows and then those of ``other``."""
+        return Rows(*(torch.cat([vars(self)[name], vars(other)[name]], dim=1) for name in vars(self)))
 
-def rows_at_ranks(order: Order, start_B: torch.Tensor, end_B: torch.Tensor, width: int) -> Rows:
-    """The rows of ranks ``start_B .. end_B-1``, padded to ``width``, as query rows: each sees what precedes its own
-    rank."""
+    def at(self, index_B: torch.Tensor) -> "Rows":
+        """Row ``index_B`` of each sequence, as rows of width one."""
+        return Rows(*(value_BR.gather(1, index_B[:, None]) for value_BR in vars(self).values()))
+
+
+def rows_with_limit(order: Order, rank_BR: torch.Tensor, limit_BR: torch.Tensor, end_B: torch.Tensor) -> Rows:
+    """Rows at any ranks with any limits; those at or past ``end_B`` are invalid."""
     N = order.order_BN.shape[1]
-    rank_BR = start_B[:, None] + torch.arange(width, device=start_B.device)
     valid_BR = rank_BR < end_B[:, None]
     position_BR = order.order_BN.gather(1, rank_BR.clamp(max=N - 1))
     return Rows(
         position_BR=torch.where(valid_BR, position_BR, N),
-        limit_BR=torch.where(valid_BR, rank_BR, 0),
+        limit_BR=torch.where(valid_BR, limit_BR, 0),
         valid_BR=valid_BR,
         rank_BR=rank_BR,
     )
+
+
+def rows_at_ranks(order: Order, start_B: torch.Tensor, end_B: torch.Tensor, width: int) -> Rows:
+    """The query rows of ranks ``start_B .. end_B-1``, padded to ``width``: each sees what precedes its own rank."""
+    rank_BR = start_B[:, None] + torch.arange(width, device=start_B.device)
+    return rows_with_limit(order, rank_BR, rank_BR, end_B)
 
 
 def content_limit(order: Order, rank_BR: torch.Tensor) -> torch.Tensor:

@@ -66,12 +66,17 @@ SAMPLERS = [
     SamplerConfig("assd", k=2, temperature=TEMPERATURE, bonus_token=False),
     SamplerConfig("assd-ngram", k=2, temperature=TEMPERATURE),
     SamplerConfig("assd-ngram", k=3, temperature=TEMPERATURE, bonus_token=False),
+    SamplerConfig("assd", k=1, temperature=TEMPERATURE, one_pass=True),
+    SamplerConfig("assd", k=2, temperature=TEMPERATURE, one_pass=True),
+    SamplerConfig("assd", k=4, temperature=TEMPERATURE, one_pass=True),
     SamplerConfig("parallel", k=1, temperature=TEMPERATURE),  # one token a call has no bias
 ]
 
 
 @pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS.keys())
-@pytest.mark.parametrize("config", SAMPLERS, ids=lambda c: f"{c.name}-k{c.k}{'' if c.bonus_token else '-no-bonus'}")
+@pytest.mark.parametrize(
+    "config", SAMPLERS, ids=lambda c: f"{c.name}-k{c.k}{'-one-pass' * c.one_pass}{'-no-bonus' * (not c.bonus_token)}"
+)
 def test_sampler_has_the_law_of_the_model(model, config, prompt):
     assert p_value(model, prompt, config, enumerated(model, prompt)) > FALSE_ALARM
 
@@ -114,10 +119,13 @@ PLANTS = [
     ("assd", _temperature_twice),
     ("assd", _mask_mass_not_renormalised),
     ("assd", _shared_random_numbers),
+    ("assd+one-pass", _no_residual),
+    ("assd+one-pass", _mask_mass_not_renormalised),
+    ("assd+one-pass", _shared_random_numbers),
     ("assd-ngram", _no_residual),
     ("assd-ngram", _mask_mass_not_renormalised),
     ("assd-ngram", _shared_random_numbers),
-]  # a draft temperature of its own leaves the bigram draft lossless
+]  # a draft temperature of its own leaves a draft of which every token is tested lossless
 
 
 @pytest.mark.parametrize(("name", "plant"), PLANTS)
@@ -125,4 +133,4 @@ def test_a_planted_bug_is_caught(model, name, plant, monkeypatch):
     prompt = PROMPTS["one given"]
     table = enumerated(model, prompt)  # before the bug is planted
     plant(monkeypatch)
-    assert p_value(model, prompt, SamplerConfig(name, k=3, temperature=TEMPERATURE), table) < FALSE_ALARM
+    assert p_value(model, prompt, SamplerConfig.named(name, k=3, temperature=TEMPERATURE), table) < FALSE_ALARM

@@ -10,7 +10,12 @@ from asarm.errors import ConfigError, MemoryBudgetError
 from asarm.law import draw
 from asarm.rng import rank_uniforms
 
-EXACT = [("sequential", 1), ("assd", 1), ("assd", 2), ("assd", 5), ("assd-ngram", 1), ("assd-ngram", 4)]
+EXACT = [
+    ("sequential", 1),
+    *(("assd", k) for k in (1, 2, 5)),
+    *(("assd+one-pass", k) for k in (1, 2, 5)),
+    *(("assd-ngram", k) for k in (1, 4)),
+]
 V = 12
 
 
@@ -26,7 +31,7 @@ def ragged(B=9, N=14, seed=0):
 @pytest.mark.parametrize(("name", "k"), [*EXACT, ("parallel", 3)])
 def test_prompt_is_kept_gaps_are_filled_and_calls_never_outnumber_tokens(model, name, k):
     ids_BN, order = ragged()
-    done = sample(model, ids_BN, order, SamplerConfig(name, k), seed=1)
+    done = sample(model, ids_BN, order, SamplerConfig.named(name, k=k), seed=1)
     prompt_BN = order.rank_BN < order.n_visible_B[:, None]
     assert torch.equal(done.ids_BN[prompt_BN], ids_BN[prompt_BN])
     assert done.ids_BN[order.target_BN].ne(0).all(), "the mask token was drawn"
@@ -37,17 +42,17 @@ def test_prompt_is_kept_gaps_are_filled_and_calls_never_outnumber_tokens(model, 
         assert torch.equal(done.nfe_B, order.n_masked_B)
     if name == "parallel":
         assert torch.equal(done.nfe_B, (order.n_masked_B + k - 1) // k)
-    if name == "assd-ngram":
-        assert torch.equal(done.aux_nfe_B, done.rounds_B) and torch.equal(done.nfe_B, done.rounds_B)
-    else:
-        assert done.aux_nfe_B.eq(0).all()
+    if name in ("assd-ngram", "assd+one-pass"):
+        assert torch.equal(done.nfe_B, done.rounds_B)
+    assert torch.equal(done.aux_nfe_B, done.rounds_B * (name == "assd-ngram"))
 
 
 @pytest.mark.parametrize("bonus_token", [True, False])
 @pytest.mark.parametrize(("name", "k"), EXACT)
 def test_emitted_log_prob_equals_rescoring_by_the_density(model, name, k, bonus_token):
     ids_BN, order = ragged(seed=2)
-    config = SamplerConfig(name, k, temperature=0.7, bonus_token=bonus_token, banned_ids=(3,))
+    bonus_token = bonus_token or "one-pass" in name
+    config = SamplerConfig.named(name, k=k, temperature=0.7, bonus_token=bonus_token, banned_ids=(3,))
     done = sample(model, ids_BN, order, config, seed=2)
     again_B = joint_log_prob(model, done.ids_BN, order, Law(0.7, (0, 3)))
     assert (done.logp_B - again_B).abs().max() < 1e-4
@@ -58,7 +63,7 @@ def test_emitted_log_prob_equals_rescoring_by_the_density(model, name, k, bonus_
 def test_greedy_speculation_equals_greedy_sequential_token_for_token(model, name, k):
     ids_BN, order = ragged(seed=3)
     plain = sample(model, ids_BN, order, SamplerConfig("sequential", greedy=True))
-    quick = sample(model, ids_BN, order, SamplerConfig(name, k, greedy=True))
+    quick = sample(model, ids_BN, order, SamplerConfig.named(name, k=k, greedy=True))
     assert torch.equal(plain.ids_BN, quick.ids_BN)
     if k > 1:
         assert quick.nfe_B.sum() < plain.nfe_B.sum()
@@ -67,7 +72,7 @@ def test_greedy_speculation_equals_greedy_sequential_token_for_token(model, name
 @pytest.mark.parametrize(("name", "k"), [*EXACT, ("parallel", 3)])
 def test_a_sequence_does_not_depend_on_its_batch(model, name, k):
     ids_BN, order = ragged(seed=4)
-    config = SamplerConfig(name, k)
+    config = SamplerConfig.named(name, k=k)
     together = sample(model, ids_BN, order, config, seed=3)
     for b, n in enumerate(order.length_B.tolist()):
         alone_order = Order.from_visible(~order.target_BN[b : b + 1, :n])
@@ -99,7 +104,7 @@ def test_any_permutation_can_be_decoded(model, name, k):
     order_BN = torch.stack([torch.randperm(8, generator=torch.Generator().manual_seed(s)) for s in range(6)])
     order = Order.from_permutation(order_BN, torch.tensor([0, 1, 2, 3, 7, 8]))
     ids_BN, _ = random_batch(V, 6, 8)
-    done = sample(model, ids_BN, order, SamplerConfig(name, k), seed=4)
+    done = sample(model, ids_BN, order, SamplerConfig.named(name, k=k), seed=4)
     assert (done.logp_B - joint_log_prob(model, done.ids_BN, order, Law(1.0, (0,)))).abs().max() < 1e-4
 
 

@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from asarm.config import SpeculativeConfig
 from asarm.errors import OutputDirError
+from asarm.evals.config import SpeculativeConfig
 from asarm.evals.metrics import token_entropy
 from asarm.evals.records import RecordLog
 from asarm.evals.speculative import evaluate, table

@@ -2,7 +2,6 @@
 
 from tqdm import tqdm
 
-from ..config import ScoreConfig
 from ..data.packing import pack_all
 from ..data.sources import read_documents
 from ..density import joint_log_prob, require_memory_for_density
@@ -10,6 +9,7 @@ from ..infill import InfillTask, collate
 from ..loading import load
 from ..orders import random_visible
 from ..rng import generator
+from .config import ScoreConfig
 from .stats import mean_and_se
 
 

@@ -8,7 +8,6 @@ from dataclasses import asdict, replace
 import torch
 from tqdm import tqdm
 
-from ..config import SpeculativeConfig
 from ..data.datasets import load_text
 from ..data.packing import pack_all
 from ..density import joint_log_prob, require_memory_for_density
@@ -23,6 +22,7 @@ from ..runlog import prepare_output_dir, provenance, write_json
 from ..sampling.decoding import Completion
 from ..sampling.sample import sample
 from ..tokenizer import TextTokenizer
+from .config import SpeculativeConfig
 from .metrics import token_entropy
 from .records import RecordLog
 from .stats import mean_and_se

@@ -10,9 +10,10 @@ never outnumber tokens.
 import torch
 
 from ..law import draw
+from ..orders import Rows, rows_with_limit
 from .accept import accepted_prefix, residual
 from .decoding import Decoding, chosen
-from .drafts import Draft, bigram_draft, self_draft
+from .drafts import Draft, bigram_draft, draw_draft, no_draft, self_draft
 
 
 def decode_assd(state: Decoding) -> None:
@@ -36,23 +37,62 @@ def decode_assd_ngram(state: Decoding) -> None:
         verify(state, bigram_draft(state), n_exact=0)
 
 
-def verify(state: Decoding, draft: Draft, n_exact: int) -> None:
-    """Score the drafts in one call, keep the first ``n_exact`` and the accepted prefix of the rest, and settle one
-    more token: the replacement of the first refused draft, or the bonus token after the last accepted one.
-    """
-    start_B = state.settled_B + n_exact  # the first rank whose draft is put to the test
-    state.put(draft.rows, draft.ids_BK)
-    tested_BK = draft.rows.valid_BR[:, n_exact:]
-    n_tested_B = tested_BK.sum(dim=1)
-    K = tested_BK.shape[1]
-    n_bonus = int(state.config.bonus_token)
-    query = state.rows(start_B, start_B + n_tested_B + n_bonus, K + 1)
-    target_logp_BQV = state.law.log_probs(
-        state.call(query, draft_end_B=state.settled_B + state.config.k, n_drafts=state.config.k)
-    )
-    target_BQV = target_logp_BQV.exp()
+def decode_assd_one_pass(state: Decoding) -> None:
+    """Draft with the model itself, in the pass that verifies the drafts of the round before: one call a round.
 
+    For every length a that the accepted prefix may have, the pass also holds query rows for the k ranks after the
+    token that will then be settled, all seeing what precedes that token. Acceptance picks the branch; only its rows
+    are projected onto the vocabulary.
+    """
+    k = state.config.k
+    draft = no_draft(state)
+    while state.most_remaining() > 0:
+        state.begin_round()
+        query = _tested_rows(state, draft, n_exact=0)
+        branches = _branch_rows(state)
+        state.put(draft.rows, draft.ids_BK)
+        hidden_BQE = state.hidden(query.followed_by(branches), draft_end_B=state.settled_B + k, n_drafts=k)
+        accepted_B = accept(state, draft, 0, query, state.model.logits(hidden_BQE[:, : k + 1]))
+        branch_BAKE = hidden_BQE[:, k + 1 :].unflatten(1, (k + 1, k))
+        branch_BKE = branch_BAKE.take_along_dim(accepted_B[:, None, None, None], dim=1).squeeze(1)
+        draft = draw_draft(state, state.rows(state.settled_B, state.settled_B + k, k), state.model.logits(branch_BKE))
+
+
+def _branch_rows(state: Decoding) -> Rows:
+    """Query rows for the k ranks after each rank that may be settled next, [B, (k+1) k], blind to the token at that
+    rank."""
+    k, device = state.config.k, state.settled_B.device
+    accepted_A1 = torch.arange(k + 1, device=device)[:, None]
+    limit_BX = (state.settled_B[:, None, None] + accepted_A1.expand(-1, k)).flatten(1)
+    rank_BX = (state.settled_B[:, None, None] + accepted_A1 + 1 + torch.arange(k, device=device)).flatten(1)
+    return rows_with_limit(state.order, rank_BX, limit_BX, state.order.length_B)
+
+
+def verify(state: Decoding, draft: Draft, n_exact: int) -> None:
+    """Score the drafts in one call; keep the first ``n_exact`` and what acceptance keeps of the rest."""
+    query = _tested_rows(state, draft, n_exact)
+    state.put(draft.rows, draft.ids_BK)
+    logits_BQV = state.call(query, draft_end_B=state.settled_B + state.config.k, n_drafts=state.config.k)
+    accept(state, draft, n_exact, query, logits_BQV)
+
+
+def _tested_rows(state: Decoding, draft: Draft, n_exact: int) -> Rows:
+    """Query rows [B, K+1] of the drafts that are put to the test, and of the bonus token."""
+    tested_BK = draft.rows.valid_BR[:, n_exact:]
+    start_B = state.settled_B + n_exact
+    return state.rows(start_B, start_B + tested_BK.sum(dim=1) + int(state.config.bonus_token), tested_BK.shape[1] + 1)
+
+
+def accept(state: Decoding, draft: Draft, n_exact: int, query: Rows, logits_BQV: torch.Tensor) -> torch.Tensor:
+    """Keep the longest accepted prefix and settle one more token: the replacement of the first refused draft, or the
+    bonus token after the last accepted one. Returns the number of accepted drafts [B], the ``n_exact`` untested ones
+    not counted.
+    """
+    target_logp_BQV = state.law.log_probs(logits_BQV)
+    target_BQV = target_logp_BQV.exp()
+    tested_BK = draft.rows.valid_BR[:, n_exact:]
     draft_BKV, draft_ids_BK = draft.probs_BKV[:, n_exact:], draft.ids_BK[:, n_exact:]
+    K = tested_BK.shape[1]
     accepted_B = accepted_prefix(
         chosen(draft_BKV, draft_ids_BK),
         chosen(target_BQV[:, :K], draft_ids_BK),
@@ -61,18 +101,19 @@ def verify(state: Decoding, draft: Draft, n_exact: int) -> None:
     )
     kept_BK = torch.arange(K, device=accepted_B.device) < accepted_B[:, None]
     state.logp_B += chosen(target_logp_BQV[:, :K], draft_ids_BK).where(kept_BK, 0).sum(1)
-    state.proposed_B += n_tested_B
+    state.proposed_B += tested_BK.sum(dim=1)
     state.accepted_B += accepted_B
 
-    last = state.rows(start_B + accepted_B, start_B + n_tested_B + n_bonus, 1)
+    last = query.at(accepted_B)
     # past the last tested draft there is nothing to subtract: the residual is the target
     draft_BQV = torch.cat([draft_BKV * tested_BK[..., None], torch.zeros_like(target_BQV[:, :1])], dim=1)
     target_B1V, refused_B1V = (_at(x_BQV, accepted_B) for x_BQV in (target_BQV, draft_BQV))
     last_ids_B1 = draw(residual(target_B1V, refused_B1V), state.uniforms(state.target_uniform_BN, last))
     state.put(last, last_ids_B1)
     state.logp_B += chosen(_at(target_logp_BQV, accepted_B), last_ids_B1).where(last.valid_BR, 0).sum(1)
-    settled_B = start_B + accepted_B
-    state.settle(settled_B + last.valid_BR[:, 0], settled_B, backlog=1)
+    cached_B = state.settled_B + n_exact + accepted_B
+    state.settle(cached_B + last.valid_BR[:, 0], cached_B, backlog=1)
+    return accepted_B
 
 
 def _at(x_BQV: torch.Tensor, index_B: torch.Tensor) -> torch.Tensor:

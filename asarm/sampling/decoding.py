@@ -101,14 +101,18 @@ class Decoding:
     def rows(self, start_B: torch.Tensor, end_B: torch.Tensor, width: int) -> Rows:
         return rows_at_ranks(self.order, start_B, torch.minimum(end_B, self.order.length_B), width)
 
-    def call(
+    def call(self, query: Rows, **arguments) -> torch.Tensor:
+        """Logits [B, Q, V] of the query rows; one network call (:meth:`hidden`)."""
+        return self.model.logits(self.hidden(query, **arguments))
+
+    def hidden(
         self,
         query: Rows,
         draft_end_B: torch.Tensor | None = None,
         n_drafts: int = 0,
         limit_B: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """One network call: logits [B, Q, V] of the query rows.
+        """One network call: hidden states [B, Q, E] of the query rows.
 
         The content rows are the settled tokens that are not cached yet and the drafts up to rank ``draft_end_B`` (at
         most ``n_drafts``). Query rows see what precedes their own rank, or with ``limit_B`` what precedes that rank.
@@ -126,7 +130,7 @@ class Decoding:
         )
         self.nfe_B += query.valid_BR.any(dim=1)
         self.cached_B, self.backlog = self.settled_B.clone(), 0
-        return self.model.logits(hidden_BQE)
+        return hidden_BQE
 
     def uniforms(self, table_BN: torch.Tensor, rows: Rows) -> torch.Tensor:
         """The random numbers [B, R] of the rows' ranks."""

@@ -26,8 +26,21 @@ def self_draft(state: Decoding) -> Draft:
     """
     k = state.config.k
     rows = state.rows(state.settled_B, state.settled_B + k, k)
-    probs_BKV = state.law.probs(state.call(rows, limit_B=state.settled_B))
+    return draw_draft(state, rows, state.call(rows, limit_B=state.settled_B))
+
+
+def draw_draft(state: Decoding, rows: Rows, logits_BKV: torch.Tensor) -> Draft:
+    """Draft one token a row, each from its own logits."""
+    probs_BKV = state.law.probs(logits_BKV)
     return Draft(rows, draw(probs_BKV, state.uniforms(state.draft_uniform_BN, rows)), probs_BKV)
+
+
+def no_draft(state: Decoding) -> Draft:
+    """A draft of k rows of which none is valid: what there is before the first call."""
+    rows = state.rows(state.settled_B, state.settled_B, state.config.k)
+    shape = (*rows.rank_BR.shape, state.model.config.vocab_size)
+    probs_BKV = torch.zeros(shape, dtype=torch.float64, device=rows.rank_BR.device)
+    return Draft(rows, torch.zeros_like(rows.rank_BR), probs_BKV)
 
 
 def bigram_draft(state: Decoding) -> Draft:

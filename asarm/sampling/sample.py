@@ -5,7 +5,7 @@ import torch
 from ..config import SamplerConfig
 from ..model import AnySubsetLM
 from ..orders import Order
-from .assd import decode_assd, decode_assd_ngram
+from .assd import decode_assd, decode_assd_ngram, decode_assd_one_pass
 from .decoding import Completion, Decoding
 from .parallel import decode_parallel
 from .sequential import decode_sequential
@@ -35,5 +35,6 @@ def sample(
     config = config or SamplerConfig()
     indices = list(range(len(ids_BN))) if indices is None else indices
     state = Decoding(model, ids_BN.to(model.device), order.to(model.device), config, seed, indices)
-    DECODERS[config.name](state)
+    decode = decode_assd_one_pass if config.one_pass else DECODERS[config.name]
+    decode(state)
     return state.completion()
