@@ -2,7 +2,7 @@
 
 Reading order, each module importing only from those before it: errors, config, rng, embedded, runlog, tokenizer,
 orders, attention, cache, model, memory, law, density, sampling/ (accept, decoding, drafts, sequential, assd, parallel,
-sample), infill, loading, data/ (sources, datasets, packing), train/ (schedule, objective, checkpoint, loop), evals/
+sample), infilling, loading, data/ (sources, datasets, packing), train/ (schedule, objective, checkpoint, loop), evals/
 (config, stats, metrics, records, likelihood, speculative), cli.
 
 Shape suffixes: B batch, N positions (slots), S positions and the scratch slot, R rows, C content rows, Q query rows,
@@ -21,7 +21,7 @@ _PUBLIC = {
     "TextTokenizer": "tokenizer",
     "UserError": "errors",
     "conditional_log_probs": "density",
-    "infill": "infill",
+    "infill": "infilling",
     "joint_log_prob": "density",
     "sample": "sampling.sample",
 }

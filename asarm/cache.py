@@ -28,6 +28,6 @@ class SlotCache:
     def write(self, layer: int, position_BC: torch.Tensor, key_BHCD: torch.Tensor, value_BHCD: torch.Tensor):
         """Store content rows at their positions and return all N slots of the layer."""
         index_BHCD = position_BC[:, None, :, None].expand_as(key_BHCD)
-        self.key_LBHSD[layer].scatter_(2, index_BHCD, key_BHCD)
-        self.value_LBHSD[layer].scatter_(2, index_BHCD, value_BHCD)
+        self.key_LBHSD[layer].scatter_(2, index_BHCD, key_BHCD.to(self.key_LBHSD.dtype))
+        self.value_LBHSD[layer].scatter_(2, index_BHCD, value_BHCD.to(self.value_LBHSD.dtype))
         return self.key_LBHSD[layer, :, :, : self.length], self.value_LBHSD[layer, :, :, : self.length]

@@ -18,7 +18,7 @@ from .evals.config import InfillConfig, ScoreConfig, SpeculativeConfig
 
 
 def run_infill(config: InfillConfig) -> None:
-    from .infill import infill
+    from .infilling import infill
     from .loading import load
     from .tokenizer import require_gap
 
@@ -46,7 +46,7 @@ def run_score(config: ScoreConfig) -> None:
         ]
         text = "\n".join([" masked  joint negative log-likelihood", *lines])
     else:
-        from .infill import score_text
+        from .infilling import score_text
 
         model, tokenizer = load(config.model, config.revision, config.tokenizer)
         score = score_text(model, tokenizer, _text(config.text), config.fills)

@@ -73,6 +73,8 @@ class DataConfig:
 
     def __post_init__(self):
         require(self.max_length >= 2, "data.max_length", self.max_length, "at least 2")
+        for pattern, weight in self.source_weights.items():
+            require(weight >= 0, f"data.source_weights[{pattern!r}]", weight, "0 or more")
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ class MaskingConfig:
     warmup_steps: int = 5000
 
     def __post_init__(self):
+        require(self.warmup_steps >= 0, "masking.warmup_steps", self.warmup_steps, "0 or more")
         for which in ("start", "final"):
             low, high = getattr(self, f"{which}_low"), getattr(self, f"{which}_high")
             require(0 < low <= high < 1, f"masking.{which}_low..{which}_high", (low, high), "a range inside (0, 1)")
@@ -124,6 +127,8 @@ class OptimizerConfig:
             self.rows_per_step,
             f"a multiple of rows_per_pass ({self.rows_per_pass})",
         )
+        require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "0 or more")
+        require(self.grad_clip > 0, "optimizer.grad_clip", self.grad_clip, "above 0")
         require(self.precision in ("bf16", "fp32"), "optimizer.precision", self.precision, "bf16 or fp32")
 
 
@@ -162,6 +167,9 @@ class TrainConfig:
     num_threads: int | None = None
 
     def __post_init__(self):
+        require(self.seed >= 0, "seed", self.seed, "0 or more")
+        require(self.checkpoint_every >= 1, "checkpoint_every", self.checkpoint_every, "at least 1")
+        require(self.log_every >= 1, "log_every", self.log_every, "at least 1")
         require(bool(self.data.files), "data.files", self.data.files, "a list of at least one file")
         if self.model is None and not (self.architecture and self.tokenizer):
             raise ConfigError("training needs a model to start from, or an architecture and a tokenizer")

@@ -8,9 +8,9 @@ import torch
 from torch.nn import functional as F
 
 from .law import Law
-from .memory import require_memory
+from .memory import call_bytes, require_memory
 from .model import AnySubsetLM
-from .orders import Order, content_limit, rows_at_ranks
+from .orders import Order, content_limit, require_token_ids, rows_at_ranks
 
 PROJECTION_ROWS = 2048  # how many [rows, vocabulary] logits a scoring pass holds at a time
 
@@ -45,7 +45,8 @@ def negative_log_likelihood(model: AnySubsetLM, ids_BN: torch.Tensor, order: Ord
 
 def require_memory_for_density(model: AnySubsetLM, batch: int, length: int) -> None:
     """Raise :class:`~asarm.errors.MemoryBudgetError` where scoring such a batch would not fit."""
-    require_memory(model, batch, length, 2 * length, min(PROJECTION_ROWS, batch * length))
+    need = call_bytes(model, batch, length, 2 * length, min(PROJECTION_ROWS, batch * length))
+    require_memory(model, batch, length, need)
 
 
 @torch.no_grad()
@@ -58,6 +59,9 @@ def conditional_log_probs(
     ``law`` is the law to score under (default: the model's own, temperature 1, nothing banned).
     """
     law = law or Law()
+    ids_BN, order = ids_BN.to(model.device), order.to(model.device)
+    ids_BN = ids_BN.where(order.rank_BN < order.length_B[:, None], 0)  # whatever fills the padding
+    require_token_ids(ids_BN, model.config.vocab_size)
     require_memory_for_density(model, *ids_BN.shape)
     hidden_TE, flat_T = target_states(model, ids_BN, order)
     logp_X = torch.zeros(ids_BN.numel(), dtype=torch.float64, device=ids_BN.device)

@@ -4,14 +4,16 @@ Every class derives from :class:`UserError`. The command line prints the message
 library caller sees an ordinary ``ValueError``.
 """
 
+from textwrap import shorten
+
 
 class UserError(ValueError):
     """Something the caller can put right. The message says what was wrong and what to do."""
 
 
 def reason(error: Exception) -> str:
-    """A library's error as part of one line: its kind and the first line of its message."""
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    """A library's error as part of one line: its kind and the beginning of its message."""
+    return f"{type(error).__name__}: {shorten(str(error), 300, placeholder=' ...')}"
 
 
 class ConfigError(UserError):

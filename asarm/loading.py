@@ -13,11 +13,21 @@ def load(
 ) -> tuple[AnySubsetLM, TextTokenizer]:
     """Both, on the GPU where there is one; the tokenizer from ``tokenizer`` or from the model's own place."""
     logging.disable_progress_bar()
-    loaded_tokenizer = TextTokenizer.from_pretrained(tokenizer or model, revision if tokenizer is None else "main")
+    loaded_tokenizer = load_tokenizer(model, revision, tokenizer)
     loaded = AnySubsetLM.from_pretrained(model, revision=revision, dtype=getattr(torch, dtype))
-    if len(loaded_tokenizer) > loaded.config.vocab_size:
-        raise CheckpointMismatchError(
-            f"the tokenizer {tokenizer or model!r} has {len(loaded_tokenizer)} pieces, the model {model!r} only "
-            f"{loaded.config.vocab_size}; give the model's own with --tokenizer"
-        )
+    check_vocabulary(loaded, loaded_tokenizer)
     return loaded.to("cuda" if torch.cuda.is_available() else "cpu").eval(), loaded_tokenizer
+
+
+def load_tokenizer(model: str | None, revision: str, tokenizer: str | None) -> TextTokenizer:
+    """``tokenizer`` if it is named, else the model's own at the model's revision."""
+    return TextTokenizer.from_pretrained(tokenizer) if tokenizer else TextTokenizer.from_pretrained(model, revision)
+
+
+def check_vocabulary(model: AnySubsetLM, tokenizer: TextTokenizer) -> None:
+    """Raise :class:`CheckpointMismatchError` for a tokenizer with ids that the model does not have."""
+    if len(tokenizer) > model.config.vocab_size:
+        raise CheckpointMismatchError(
+            f"the tokenizer has {len(tokenizer)} pieces, the model only {model.config.vocab_size}; "
+            "give the model's own with --tokenizer"
+        )

@@ -6,9 +6,13 @@ interface: instead of a permutation mask over a whole sequence, a call computes 
 :mod:`asarm.orders`), against a cache where there is one.
 """
 
+import hashlib
+import json
 from typing import ClassVar
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel, XLNetConfig
@@ -103,6 +107,14 @@ class AnySubsetLM(PreTrainedModel):
     def mask_token_id(self) -> int:
         return getattr(self.config, "mask_token_id", XLNET_MASK_ID)
 
+    def fingerprint(self) -> str:
+        """A short hash of all parameters: the same weights give the same, whatever they are called."""
+        digest = hashlib.sha256()
+        for name, parameter in sorted(self.named_parameters()):
+            digest.update(name.encode())
+            digest.update(parameter.detach().cpu().float().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
     def relative_keys(self, length: int) -> torch.Tensor:
         """Each layer's relative-position keys for sequences of ``length``, [L, H, 2N-1, D]."""
         encoding_PE = relative_encoding(length, self.config.d_model, self.config.clamp_len, self.device)
@@ -171,6 +183,8 @@ class AnySubsetLM(PreTrainedModel):
                 ignore_mismatched_sizes=True,  # reported below, with their names
                 **kwargs,
             )
+        except (SafetensorError, StrictDataclassError, json.JSONDecodeError) as error:
+            raise CheckpointMismatchError(f"checkpoint {str(name_or_path)!r} is broken: {reason(error)}") from error
         except OSError as error:
             raise ModelNotFoundError(
                 f"no model {str(name_or_path)!r} at revision {revision!r}: give an embedded name "

@@ -56,10 +56,10 @@ class Order:
         if not torch.equal(order_BN.sort(dim=1).values, position_N.expand(B, N)):
             raise ConfigError("each row of order_BN must hold every position 0 .. N-1 exactly once")
         rank_BN = order_BN.argsort(dim=1)
-        length_B = _lengths(length_B, B, N, order_BN.device)
+        length_B, n_visible_B = _lengths(length_B, B, N, order_BN.device), n_visible_B.to(order_BN.device)
         if bool(((n_visible_B < 0) | (n_visible_B > length_B)).any()):
             raise ConfigError(f"n_visible_B must lie between 0 and the length, got {n_visible_B.tolist()}")
-        return cls(order_BN, rank_BN, n_visible_B.to(order_BN.device), length_B)
+        return cls(order_BN, rank_BN, n_visible_B, length_B)
 
     @classmethod
     def left_to_right(cls, n_visible_B: torch.Tensor, length: int) -> "Order":
@@ -144,6 +144,12 @@ def rows_at_ranks(order: Order, start_B: torch.Tensor, end_B: torch.Tensor, widt
     """The query rows of ranks ``start_B .. end_B-1``, padded to ``width``: each sees what precedes its own rank."""
     rank_BR = start_B[:, None] + torch.arange(width, device=start_B.device)
     return rows_with_limit(order, rank_BR, rank_BR, end_B)
+
+
+def require_token_ids(ids: torch.Tensor, vocab_size: int) -> None:
+    """Raise :class:`ConfigError` for ids outside the vocabulary."""
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+        raise ConfigError(f"token ids must lie in 0 .. {vocab_size - 1}, got {int(ids.min())} .. {int(ids.max())}")
 
 
 def content_limit(order: Order, rank_BR: torch.Tensor) -> torch.Tensor:

@@ -37,13 +37,25 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def append_line(path: Path, record: dict) -> None:
     """Append one JSON record and hand it to the operating system."""
     with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The JSON records of a file, none if it does not exist. A last line that a kill tore is cut off, in the file
+    too."""
+    if not path.exists():
+        return []
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if whole != data:
+        write_atomic(path, whole.decode())
+    return [json.loads(line) for line in whole.split(b"\n") if line]
 
 
 def provenance() -> dict:
@@ -52,7 +64,10 @@ def provenance() -> dict:
     import transformers
 
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    except OSError:  # no git on this machine
+        commit = "unknown"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     return {
         "commit": commit,

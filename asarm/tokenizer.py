@@ -16,7 +16,7 @@ from .errors import ModelNotFoundError, TextError, reason
 
 # XLNet's special tokens, at their ids 0..8.
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<cls>", "<sep>", "<pad>", "<mask>", "<eod>", "<eop>")
-GAP = re.compile(r"[ \t]*<mask(?::(\d+))?>")
+GAP = re.compile(r" ?<mask(?::(\d+))?>")
 
 
 @dataclass(frozen=True)
@@ -73,32 +73,43 @@ class TextTokenizer:
         return self.backend.decode(ids, skip_special_tokens=False)
 
     def check_lossless(self, text: str) -> None:
-        """Raise :class:`TextError` where encoding and decoding changes ``text`` (XLNet's vocabulary drops newlines,
-        say)."""
-        back = self.decode(self.encode(text))
+        """Raise :class:`TextError` where encoding and decoding changes ``text``, spaces at its ends apart (XLNet's
+        vocabulary drops newlines, say)."""
+        text = text.strip(" ")
+        back = self.decode(self.encode(text)).strip(" ")
         if back != text:
-            at = next(
-                (i for i, (a, b) in enumerate(zip(text, back, strict=False)) if a != b), min(len(text), len(back))
-            )
+            pairs = enumerate(zip(text, back, strict=False))
+            at = next((i for i, (a, b) in pairs if a != b), min(len(text), len(back)))
             raise TextError(
                 f"this vocabulary does not keep the text: {text[at : at + 20]!r} at character {at} comes back as "
                 f"{back[at : at + 20]!r}; use a model with a byte-level vocabulary"
             )
 
     def encode_masked(self, text: str) -> MaskedText:
-        """Encode a text with ``<mask>`` (one token) and ``<mask:n>`` (n tokens) gaps."""
+        """Encode a text with ``<mask>`` (one token) and ``<mask:n>`` (n tokens) gaps; gaps side by side are one.
+
+        Raises :class:`TextError` for a text without a gap, or one that the vocabulary does not keep.
+        """
         require_gap(text)
         ids, visible, pieces, gaps, end = [], [], [], [], 0
         for match in GAP.finditer(text):
             length = int(match[1] or 1)
             if length < 1:
                 raise TextError(f"{match[0].strip()!r} asks for no token; a gap needs at least one")
-            pieces.append(text[end : match.start()])
-            piece_ids = self.encode(pieces[-1])
-            gaps.append(range(len(ids) + len(piece_ids), len(ids) + len(piece_ids) + length))
-            ids += piece_ids + [self.mask_id] * length
-            visible += [True] * len(piece_ids) + [False] * length
+            piece = text[end : match.start()]
             end = match.end()
+            if gaps and not piece:  # gaps side by side are one
+                gaps[-1] = range(gaps[-1].start, gaps[-1].stop + length)
+            else:
+                self.check_lossless(piece)
+                pieces.append(piece)
+                piece_ids = self.encode(piece)
+                ids += piece_ids
+                visible += [True] * len(piece_ids)
+                gaps.append(range(len(ids), len(ids) + length))
+            ids += [self.mask_id] * length
+            visible += [False] * length
+        self.check_lossless(text[end:])
         pieces.append(text[end:])
         tail = self.encode(pieces[-1])
         return MaskedText(ids + tail, visible + [True] * len(tail), pieces, gaps)

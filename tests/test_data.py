@@ -78,6 +78,28 @@ def test_a_data_set_folder_as_the_hub_holds_it(tmp_path):
     assert [d.text for d in documents] == ["one", "two"] and "validation" in source
 
 
+def test_wikitext_rows_of_the_hub_become_the_articles_of_the_file(tmp_path, monkeypatch):
+    from datasets import Dataset
+
+    from asarm.data import datasets
+
+    lines = [
+        "",
+        " = S = \n",
+        "",
+        " Text one . \n",
+        " = = Part = = \n",
+        " More . \n",
+        " = Second = \n",
+        " Text two . \n",
+    ]
+    Dataset.from_dict({"text": lines}).to_parquet(str(tmp_path / "validation-00000-of-00001.parquet"))
+    monkeypatch.delenv("ASARM_DATA_DIR", raising=False)
+    monkeypatch.setattr(datasets, "WIKITEXT_HUB", (str(tmp_path), None))
+    _, documents = load_text("wikitext")
+    assert [d.text.splitlines()[0].strip() for d in documents] == ["= S =", "= Second ="]
+
+
 def test_samples_are_there_and_as_many_as_the_documentation_says():
     _, documents = load_text("samples")
     assert len(documents) == 64 + 22

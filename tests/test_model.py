@@ -107,6 +107,24 @@ def test_a_checkpoint_that_does_not_fit_its_config_is_refused(field, value, mess
         AnySubsetLM.from_pretrained(tmp_path)
 
 
+def test_a_broken_checkpoint_is_told_from_a_missing_one(tmp_path):
+    make_model().save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:500])
+    with pytest.raises(CheckpointMismatchError, match="broken"):
+        AnySubsetLM.from_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"n_head": 3}))
+    with pytest.raises(CheckpointMismatchError, match="n_head"):
+        AnySubsetLM.from_pretrained(tmp_path)
+
+
+def test_fingerprint_tells_weights_apart(tmp_path):
+    make_model().save_pretrained(tmp_path)
+    assert AnySubsetLM.from_pretrained(tmp_path).fingerprint() == make_model().fingerprint()
+    assert make_model(seed=1).fingerprint() != make_model().fingerprint()
+
+
 def test_bfloat16_scores_close_to_float32():
     model = make_model(vocab_size=50, spread=0.2, d_model=32)
     ids_BN, order = random_batch(50, 4, 10, seed=2)

@@ -117,8 +117,7 @@ def test_different_seeds_and_indices_give_different_text(model):
     assert torch.equal(first, sample(model, ids_BN, order, seed=1).ids_BN)
 
 
-def test_the_bigram_draft_pays_on_a_repetitive_context():
-    """A model trained to nothing accepts few bigram drafts; one whose law is the context's bigram accepts most."""
+def test_the_bigram_draft_follows_the_context_and_backs_off():
     from asarm.sampling.decoding import Decoding
     from asarm.sampling.drafts import bigram_draft
 

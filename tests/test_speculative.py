@@ -15,12 +15,13 @@ from asarm.evals.metrics import token_entropy
 from asarm.evals.records import RecordLog
 from asarm.evals.speculative import evaluate, table
 from asarm.evals.stats import mean_and_se
+from asarm.runlog import read_lines
 
 SMALL = {"dataset": "samples", "num_sequences": 6, "max_length": 48, "batch_size": 3}
 
 
 def records(folder) -> list[dict]:
-    return [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
+    return read_lines(folder / "records.jsonl")
 
 
 def without_seconds(items) -> dict:
@@ -66,6 +67,44 @@ def test_records_do_not_depend_on_the_batch_size(finished, tmp_path):
     assert without_seconds(records(tmp_path)) == without_seconds(records(finished[0]))
 
 
+def test_the_same_settings_over_another_text_are_another_run(tmp_path):
+    """``auto`` and file names say where the text comes from, not what it is."""
+    text = tmp_path / "text.txt"
+    config = SpeculativeConfig(
+        data_file=str(text), num_sequences=2, max_length=16, samplers=["parallel"], output_dir=str(tmp_path / "out")
+    )
+    text.write_text("A small grey cat sat on the mat. " * 9)
+    evaluate(config)
+    evaluate(config)  # nothing changed: goes on, with nothing left to do
+    text.write_text("The old dog ran to the park. " * 9)
+    with pytest.raises(OutputDirError, match="tasks: '"):
+        evaluate(config)
+
+
+def test_greedy_decoding_is_scored_under_the_model(tmp_path):
+    summary = evaluate(SpeculativeConfig(output_dir=str(tmp_path), greedy=True, **SMALL | {"num_sequences": 2}))
+    rows = summary["samplers"]
+    assert rows["sequential"]["log_prob_per_token"] < -0.1
+    assert rows["assd"]["log_prob_per_token"] == pytest.approx(rows["sequential"]["log_prob_per_token"], abs=1e-6)
+    assert json.loads((tmp_path / "summary.json").read_text())["samplers"]["parallel"]["log_prob_per_token"] < 0
+
+
+def test_bfloat16_runs_every_sampler(tmp_path):
+    summary = evaluate(
+        SpeculativeConfig(output_dir=str(tmp_path), dtype="bfloat16", **SMALL | {"num_sequences": 2, "max_length": 24})
+    )
+    assert all(row["sequences"] == 2 and row["nfe_per_token"] <= 1 for row in summary["samplers"].values())
+
+
+def test_records_with_any_character_are_read_back(tmp_path):
+    log = RecordLog(tmp_path, {}, {})
+    odd = {"sampler": "assd", "index": 0, "text": "line\u2028separator\u0085next\x1c end"}
+    log.add(odd)
+    with open(tmp_path / "records.jsonl", "ab") as file:
+        file.write('{"text": "caf\u00e9'.encode()[:-1])  # torn inside a character
+    assert RecordLog(tmp_path, {}, {}).records == {("assd", 0): odd}
+
+
 def test_a_killed_run_goes_on_where_it_was(finished, tmp_path):
     command = [sys.executable, "-m", "asarm", "eval", "speculative", "--output_dir", str(tmp_path)]
     command += [word for key, value in (SMALL | {"batch_size": 1}).items() for word in (f"--{key}", str(value))]
@@ -100,7 +139,7 @@ def test_a_folder_of_another_run_is_refused(finished):
 
 def test_record_log_cuts_a_torn_line(tmp_path):
     (tmp_path / "records.jsonl").write_text('{"sampler": "assd", "index": 0}\n{"samp')
-    log = RecordLog(tmp_path, {})
+    log = RecordLog(tmp_path, {}, {})
     assert list(log.records) == [("assd", 0)]
     log.add({"sampler": "assd", "index": 1})
     assert (tmp_path / "records.jsonl").read_text().count("\n") == 2

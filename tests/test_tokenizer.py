@@ -39,7 +39,18 @@ def test_gaps_swallow_the_space_before_them_and_filling_keeps_the_rest(tokenizer
         filled[position] = word
     for position in masked.gaps[2]:
         filled[position] = words[3][0]
-    assert tokenizer.fill(masked, filled) == "The  cat sat down on\nthe mat. all It  slept all all all"
+    assert tokenizer.fill(masked, filled) == "The  cat sat down on\nthe mat. all It  slept\t all all all"
+
+
+def test_indentation_before_a_gap_is_kept_and_a_character_may_span_gaps(tokenizer):
+    masked = tokenizer.encode_masked("def f():\n    <mask>\n\tx <mask><mask:3>.")
+    assert masked.pieces == ["def f():\n   ", "\n\tx", "."]
+    cat = tokenizer.encode("\U0001f408")
+    assert len(cat) == len(masked.gaps[1]) == 4
+    ids = list(masked.ids)
+    ids[masked.gaps[0].start] = tokenizer.encode(" a")[0]
+    ids[masked.gaps[1].start : masked.gaps[1].stop] = cat
+    assert tokenizer.fill(masked, ids) == "def f():\n    a\n\tx\U0001f408."
 
 
 def test_a_text_may_begin_with_a_gap(tokenizer):
@@ -69,8 +80,9 @@ def test_xlnet_vocabulary_and_its_losses_are_named(data_dir):
     xlnet.check_lossless("The cat sat on the mat.")
     with pytest.raises(TextError, match=r"'\\nb' at character 1 comes back as ' b'"):
         xlnet.check_lossless("a\nb")
-    masked = xlnet.encode_masked("A  text\nwith <mask:2> kept.")
-    word = xlnet.encode("gaps")
-    assert xlnet.fill(
-        masked, [word[0] if not v else i for i, v in zip(masked.ids, masked.visible, strict=True)]
-    ).startswith("A  text\nwith")
+    with pytest.raises(TextError, match="does not keep"):
+        xlnet.encode_masked("A text\nwith <mask:2> lost.")
+    masked = xlnet.encode_masked("A text with <mask:2> kept.")
+    word = xlnet.encode("gaps")[0]
+    filled = xlnet.fill(masked, [i if v else word for i, v in zip(masked.ids, masked.visible, strict=True)])
+    assert filled == "A text with gaps gaps kept."

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import make_model
 from safetensors.torch import load_file
 
@@ -18,7 +19,8 @@ from asarm import AnySubsetLM, Order, TextTokenizer, joint_log_prob
 from asarm.config import DataConfig, MaskingConfig, OptimizerConfig, TrainConfig
 from asarm.data.packing import PackedRows
 from asarm.data.sources import Document
-from asarm.errors import ConfigError, DataFileError, OutputDirError
+from asarm.errors import CheckpointMismatchError, ConfigError, DataFileError, MemoryBudgetError, OutputDirError
+from asarm.train import loop
 from asarm.train.checkpoint import checkpoints
 from asarm.train.loop import train
 from asarm.train.objective import accumulate_gradients, step_batch
@@ -27,11 +29,14 @@ from asarm.train.schedule import lr_factor, masking_range
 SENTENCES = ["The cat sat on the mat.", "A dog ran to the park.", "The sun was warm.", "She gave him a red apple."]
 
 
-@pytest.fixture
-def text_file(tmp_path):
-    path = tmp_path / "text.jsonl"
+def write_text(path: Path) -> Path:
     path.write_text("".join(json.dumps({"text": " ".join(SENTENCES[i % 4 :])}) + "\n" for i in range(40)))
     return path
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    return write_text(tmp_path / "text.jsonl")
 
 
 def small_run(text_file, out, steps=12, **changes) -> TrainConfig:
@@ -108,32 +113,35 @@ def test_training_learns_and_the_final_checkpoint_loads(text_file, tmp_path):
     model, tokenizer = AnySubsetLM.from_pretrained(final), TextTokenizer.from_pretrained(final)
     assert model.config.vocab_size == len(tokenizer)
     record = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
-    assert record["step"] == 60 and record["tokens_per_second"] > 0 and record["lr"] >= 0
+    assert record["step"] == 60 and record["tokens_per_second"] > 0
+    saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert saved["optimizer"]["steps"] == 60 and saved["seed"] == 0
+
+
+def train_in_two_parts(config: TrainConfig, monkeypatch) -> Path:
+    """A run that is interrupted after eight steps and resumed; returns the final folder."""
+    original = loop.accumulate_gradients
+    out = Path(config.output_dir)
+
+    def stop_at_eight(*arguments):
+        if (out / "metrics.jsonl").exists() and len(losses(out)) == 8:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(loop, "accumulate_gradients", stop_at_eight)
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    monkeypatch.setattr(loop, "accumulate_gradients", original)
+    return train(replace(config, resume=True))
 
 
 def test_resume_equals_an_uninterrupted_run_bit_for_bit(text_file, tmp_path, monkeypatch):
     """Dropout is on, so the random state has to come back as well."""
     whole = train(small_run(text_file, tmp_path / "whole"))
-    from asarm.train import loop
-
-    original = loop.accumulate_gradients
-
-    def stop_at_eight(model, batch, *args):
-        if len(losses(tmp_path / "halves")) == 8 if (tmp_path / "halves" / "metrics.jsonl").exists() else False:
-            raise KeyboardInterrupt
-        return original(model, batch, *args)
-
-    monkeypatch.setattr(loop, "accumulate_gradients", stop_at_eight)
-    with pytest.raises(KeyboardInterrupt):
-        train(small_run(text_file, tmp_path / "halves"))
-    monkeypatch.setattr(loop, "accumulate_gradients", original)
-    halves = train(small_run(text_file, tmp_path / "halves", resume=True))
-    first, second = (load_file(folder / "model.safetensors") for folder in (whole, halves))
+    parts = train_in_two_parts(small_run(text_file, tmp_path / "parts"), monkeypatch)
+    first, second = (load_file(folder / "model.safetensors") for folder in (whole, parts))
     assert all(torch.equal(first[key], second[key]) for key in first)
-    by_step = {}
-    for line in (tmp_path / "halves" / "metrics.jsonl").read_text().splitlines():
-        by_step.setdefault(json.loads(line)["step"], []).append(json.loads(line)["loss"])
-    assert [values[-1] for _, values in sorted(by_step.items())] == losses(tmp_path / "whole")
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole"), "steps that were run again are logged once"
 
 
 def test_a_killed_process_leaves_whole_checkpoints_and_goes_on(text_file, tmp_path):
@@ -201,6 +209,13 @@ def test_fine_tuning_starts_from_the_given_weights(text_file, tmp_path):
             "multiple of rows_per_pass",
         ),
         (lambda c: replace(c, masking=replace(c.masking, final_low=0.95)), ConfigError, "inside"),
+        (lambda c: replace(c, architecture={"d_modle": 64}), ConfigError, "d_modle"),
+        (lambda c: replace(c, architecture={"d_model": 30, "n_head": 4}), ConfigError, "n_head"),
+        (lambda c: replace(c, architecture={"vocab_size": 100}), CheckpointMismatchError, "8192 pieces"),
+        (lambda c: replace(c, log_every=0), ConfigError, "log_every"),
+        (lambda c: replace(c, seed=-1), ConfigError, "seed"),
+        (lambda c: replace(c, data=replace(c.data, source_weights={"a": -1.0})), ConfigError, "source_weights"),
+        (lambda c: replace(c, data=replace(c.data, max_length=100_000)), MemoryBudgetError, "100000 tokens"),
     ],
 )
 def test_errors_before_the_first_step(text_file, tmp_path, change, error, message):

@@ -4,13 +4,13 @@ import os
 from pathlib import Path
 
 from ..errors import DataFileError, reason
-from .sources import Document, read_documents
+from .sources import Document, read_documents, split_raw
 
 SAMPLES = Path(__file__).parents[2] / "eval_datasets" / "samples"
 ENGLISH_VALID = "train/english-valid.jsonl.gz"
 WIKITEXT_VALID = "eval/wikitext-2-raw/wiki.valid.raw"
 WIKITEXT_HUB = ("Salesforce/wikitext", "wikitext-2-raw-v1")
-MAX_DOCUMENTS = 10_000  # of a Hub data set; an evaluation reads no more
+MAX_ROWS = 10_000  # of a Hub data set; an evaluation reads no more
 
 
 def load_text(
@@ -40,7 +40,7 @@ def _from_hub(name: str, config: str | None, split: str) -> list[Document]:
 
     try:
         rows = load_dataset(name, config, split=split, streaming=True)
-        documents = [Document(row["text"], name) for row in rows.take(MAX_DOCUMENTS) if row["text"].strip()]
+        texts = [row["text"] for row in rows.take(MAX_ROWS)]
     except KeyError as error:
         raise DataFileError(f"data set {name!r} has no column {error}; it needs a text column") from error
     except Exception as error:  # the library raises its own, the hub's and the network's
@@ -49,6 +49,12 @@ def _from_hub(name: str, config: str | None, split: str) -> list[Document]:
             "wikitext, a Hub id that exists and a network that reaches it, or a local file with --data_file "
             f"({reason(error)})"
         ) from error
+    if name == WIKITEXT_HUB[0]:  # one line a row: put the articles together again
+        lines = (text if text.endswith("\n") else text + "\n" for text in texts)
+        documents = list(split_raw(lines, wikitext=True))
+    else:
+        documents = [Document(text, name) for text in texts]
+    documents = [d for d in documents if d.text.strip()]
     if not documents:
         raise DataFileError(f"data set {name!r}, split {split!r}, holds no text")
     return documents

@@ -74,10 +74,6 @@ class PackedRows:
     def _n_rows(self) -> int:
         return -(-len(self._stream) // self.max_length)
 
-    @property
-    def tokens_per_epoch(self) -> int:
-        return len(self._stream)
-
     def row(self, index: int) -> np.ndarray:
         """Row ``index`` of the run, [max_length]; indices must not go back to an earlier epoch."""
         while index >= self._first_row + self._n_rows:

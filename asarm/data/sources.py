@@ -5,13 +5,13 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import DataFileError
 
-WIKITEXT_TITLE = re.compile(r"^ = [^=].*[^=] = $")
+WIKITEXT_TITLE = re.compile(r"^ = (?!=).+ = $")
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def read_documents(name: str, wikitext: bool = False) -> list[Document]:
     try:
         opener = gzip.open if path.suffix == ".gz" else open
         with opener(path, "rt", encoding="utf-8") as file:
-            documents = list(_json_lines(file, path) if json_lines else _raw(file, wikitext))
+            documents = list(_json_lines(file, path) if json_lines else split_raw(file, wikitext))
     except (OSError, UnicodeDecodeError, EOFError, zlib.error) as error:
         raise DataFileError(f"cannot read data file {str(path)!r}: {error}") from error
     documents = [d for d in documents if d.text.strip()]
@@ -68,7 +68,8 @@ def _json_lines(file, path: Path) -> Iterator[Document]:
         yield Document(record["text"], str(record.get("source", "")))
 
 
-def _raw(file, wikitext: bool) -> Iterator[Document]:
+def split_raw(file: Iterable[str], wikitext: bool) -> Iterator[Document]:
+    """Raw lines as one document, or as WikiText's articles."""
     lines: list[str] = []
     for line in file:
         if wikitext and WIKITEXT_TITLE.match(line.rstrip("\n")):

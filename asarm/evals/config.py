@@ -37,6 +37,7 @@ class InfillConfig:
     json: bool = False
 
     def __post_init__(self):
+        require(self.seed >= 0, "seed", self.seed, "0 or more")
         require(self.num_samples >= 1, "num_samples", self.num_samples, "at least 1")
         self.sampler_config()
 
@@ -63,7 +64,7 @@ class ScoreConfig:
         json: print one JSON object instead of plain text.
     """
 
-    text: str | None = None
+    text: str = ""
     fills: list[str] = field(default_factory=list)
     data_file: str | None = None
     masked_fractions: list[float] = field(default_factory=lambda: [0.15, 0.5, 0.95], metadata={"separator": ","})
@@ -77,11 +78,9 @@ class ScoreConfig:
     json: bool = False
 
     def __post_init__(self):
+        require(self.seed >= 0, "seed", self.seed, "0 or more")
         require(
-            (self.text is None) != (self.data_file is None),
-            "text, data_file",
-            (self.text, self.data_file),
-            "one of the two",
+            bool(self.text) != bool(self.data_file), "text, data_file", (self.text, self.data_file), "one of the two"
         )
         for fraction in self.masked_fractions:
             require(0 < fraction <= 1, "masked_fractions", fraction, "in (0, 1]")
@@ -145,6 +144,7 @@ class SpeculativeConfig:
     json: bool = False
 
     def __post_init__(self):
+        require(self.seed >= 0, "seed", self.seed, "0 or more")
         require(self.num_sequences >= 1, "num_sequences", self.num_sequences, "at least 1")
         require(self.max_length >= 2, "max_length", self.max_length, "at least 2")
         require(0 <= self.visible_fraction < 1, "visible_fraction", self.visible_fraction, "in [0, 1)")

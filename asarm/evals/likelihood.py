@@ -5,7 +5,7 @@ from tqdm import tqdm
 from ..data.packing import pack_all
 from ..data.sources import read_documents
 from ..density import joint_log_prob, require_memory_for_density
-from ..infill import InfillTask, collate
+from ..infilling import InfillTask, collate
 from ..loading import load
 from ..orders import random_visible
 from ..rng import generator
@@ -31,7 +31,7 @@ def held_out_likelihood(config: ScoreConfig) -> dict:
         total, tokens, per_row = 0.0, 0, []
         for start in tqdm(range(0, len(tasks), config.batch_size), desc=f"{fraction:.0%} masked"):
             ids_BN, order = collate(tasks[start : start + config.batch_size])
-            logp_B = joint_log_prob(model, ids_BN.to(model.device), order.to(model.device)).cpu()
+            logp_B = joint_log_prob(model, ids_BN, order).cpu()
             total -= logp_B.sum().item()
             tokens += int(order.n_masked_B.sum())
             per_row += (-logp_B / order.n_masked_B).tolist()

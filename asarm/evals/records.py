@@ -6,37 +6,27 @@ from pathlib import Path
 import yaml
 
 from ..errors import OutputDirError
-from ..runlog import append_line, write_atomic
+from ..runlog import append_line, read_lines, write_atomic, write_json
 
-FREE_KEYS = {
-    "output_dir",
-    "batch_size",
-    "json",
-}  # settings that may differ when a run goes on: the records do not depend on them
+FREE_KEYS = {"output_dir", "json"}  # settings that may differ when a run goes on
 
 
 class RecordLog:
     """``records.jsonl`` of one run, keyed by (sampler, index).
 
-    Opening it checks that the folder holds no other run: ``config.yaml`` there must agree. A torn last line, as a
-    kill leaves it, is cut off.
+    Opening it checks that the folder holds no other run: its ``config.yaml`` must agree, and its ``identity.json``,
+    which holds what the settings only name (text, weights). A torn last line, as a kill leaves it, is cut off.
     """
 
-    def __init__(self, folder: Path, config: dict):
+    def __init__(self, folder: Path, config: dict, identity: dict):
         self.path = folder / "records.jsonl"
-        config_path = folder / "config.yaml"
-        if config_path.exists():
-            _check_same_run(folder, yaml.safe_load(config_path.read_text(encoding="utf-8")) or {}, config)
+        config_path, identity_path = folder / "config.yaml", folder / "identity.json"
+        if config_path.exists() and identity_path.exists():
+            there = yaml.safe_load(config_path.read_text(encoding="utf-8"))
+            _check_same_run(folder, there | json.loads(identity_path.read_text(encoding="utf-8")), config | identity)
         write_atomic(config_path, yaml.safe_dump(config, sort_keys=False))
-        self.records: dict[tuple[str, int], dict] = {}
-        if self.path.exists():
-            text = self.path.read_text(encoding="utf-8")
-            whole = text[: text.rfind("\n") + 1]
-            if whole != text:
-                write_atomic(self.path, whole)
-            for line in whole.splitlines():
-                record = json.loads(line)
-                self.records[record["sampler"], record["index"]] = record
+        write_json(identity_path, identity)
+        self.records = {(r["sampler"], r["index"]): r for r in read_lines(self.path)}
 
     def add(self, record: dict) -> None:
         append_line(self.path, record)
@@ -46,8 +36,8 @@ class RecordLog:
         return [record for (name, _), record in sorted(self.records.items()) if name == sampler]
 
 
-def _check_same_run(folder: Path, there: dict, config: dict) -> None:
-    changed = [key for key in config if key not in FREE_KEYS and there.get(key) != config[key]]
+def _check_same_run(folder: Path, there: dict, now: dict) -> None:
+    changed = [key for key in now if key not in FREE_KEYS and there.get(key) != now[key]]
     if changed:
-        detail = ", ".join(f"{key}: {there.get(key)!r} there, {config[key]!r} now" for key in changed)
+        detail = ", ".join(f"{key}: {there.get(key)!r} there, {now[key]!r} now" for key in changed)
         raise OutputDirError(f"{folder} holds a run with other settings ({detail}); choose another --output_dir")

@@ -2,6 +2,7 @@
 
 The same masked sequences, every sampler: network calls, time and likelihood."""
 
+import hashlib
 import time
 from dataclasses import asdict, replace
 
@@ -12,14 +13,13 @@ from ..data.datasets import load_text
 from ..data.packing import pack_all
 from ..density import joint_log_prob, require_memory_for_density
 from ..errors import DataFileError
-from ..infill import InfillTask, collate
-from ..law import Law
+from ..infilling import InfillTask, collate
 from ..loading import load
 from ..model import AnySubsetLM
 from ..orders import random_visible
 from ..rng import generator
 from ..runlog import prepare_output_dir, provenance, write_json
-from ..sampling.decoding import Completion
+from ..sampling.decoding import Completion, law_of
 from ..sampling.sample import sample
 from ..tokenizer import TextTokenizer
 from .config import SpeculativeConfig
@@ -45,14 +45,16 @@ def evaluate(config: SpeculativeConfig) -> dict:
     model, tokenizer = load(config.model, config.revision, config.tokenizer, config.dtype)
     require_memory_for_density(model, config.batch_size, config.max_length)
     tasks = masked_sequences(config, pack_all(documents, tokenizer, config.max_length))
-    log = RecordLog(out, asdict(config))
+    identity = {"text": text, "tasks": fingerprint(tasks), "weights": model.fingerprint()}
+    log = RecordLog(out, asdict(config), identity)
+    origin = provenance()
     bar = tqdm(total=len(tasks) * len(config.samplers), initial=len(log.records), unit="seq", desc="speculative")
     for name in config.samplers:
         bar.set_postfix_str(name)
         todo = [task for task in tasks if (name, task.index) not in log.records]
         run_sampler(config, name, model, tokenizer, todo, log, bar)
     bar.close()
-    summary = summarise(config, log) | {"text": text, "num_sequences": len(tasks), "provenance": provenance()}
+    summary = summarise(config, log) | {"text": text, "num_sequences": len(tasks), "provenance": origin}
     write_json(out / "summary.json", summary)
     return summary
 
@@ -72,6 +74,11 @@ def masked_sequences(config: SpeculativeConfig, rows: list) -> list[InfillTask]:
     return tasks
 
 
+def fingerprint(tasks: list[InfillTask]) -> str:
+    """A short hash of the sequences and their masks."""
+    return hashlib.sha256(repr([(t.ids, t.visible) for t in tasks]).encode()).hexdigest()[:16]
+
+
 def run_sampler(
     config: SpeculativeConfig,
     name: str,
@@ -83,6 +90,7 @@ def run_sampler(
 ) -> None:
     """Decode ``tasks`` batch by batch and record each sequence."""
     sampler = config.sampler_config(name)
+    law = law_of(model, replace(sampler, greedy=False))  # a greedy law gives its one sequence probability 1
     for start in range(0, len(tasks), config.batch_size):
         batch = tasks[start : start + config.batch_size]
         ids_BN, order = collate(batch)
@@ -90,8 +98,7 @@ def run_sampler(
         if start == 0:
             warm_up(model, batch, sampler)
         seconds, completion = timed(model, ids_BN, order, sampler, config.seed, indices)
-        law = Law(config.temperature, (model.mask_token_id,), config.greedy)
-        logp_B = joint_log_prob(model, completion.ids_BN, order.to(model.device), law).tolist()
+        logp_B = joint_log_prob(model, completion.ids_BN, order, law).tolist()
         for b, task in enumerate(batch):
             ids = completion.ids_BN[b, : len(task.ids)].tolist()
             counts = {

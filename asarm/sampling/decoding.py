@@ -14,9 +14,9 @@ from ..cache import SlotCache
 from ..config import SamplerConfig
 from ..errors import ConfigError
 from ..law import Law
-from ..memory import require_memory
+from ..memory import call_bytes, require_memory
 from ..model import AnySubsetLM
-from ..orders import Order, Rows, content_limit, rows_at_ranks
+from ..orders import Order, Rows, content_limit, require_token_ids, rows_at_ranks
 from ..rng import rank_uniforms
 
 
@@ -40,6 +40,13 @@ class Completion:
     accepted_B: torch.Tensor
 
 
+def law_of(model: AnySubsetLM, config: SamplerConfig) -> Law:
+    """The law that ``config`` samples from: the model's, at a temperature, without the mask token and the banned
+    ids."""
+    mask = {model.mask_token_id} if model.mask_token_id < model.config.vocab_size else set()
+    return Law(config.temperature, tuple(sorted(mask | {*config.banned_ids})), config.greedy)
+
+
 class Decoding:
     """A batch in progress: ranks below ``settled_B`` are final, ranks below ``cached_B`` have keys and values in the
     cache."""
@@ -54,17 +61,18 @@ class Decoding:
         indices: list[int],
     ):
         B, N = ids_BN.shape
-        mask_id = model.mask_token_id
         self.model, self.order, self.config = model, order, config
-        banned = {*config.banned_ids, *([mask_id] if mask_id < model.config.vocab_size else [])}
-        self.law = Law(config.temperature, tuple(sorted(banned)), config.greedy)
+        self.law = law_of(model, config)
         self._check(ids_BN, indices)
         # one scratch column past the end, for the rows that only fill the batch
-        self.ids_BS = torch.cat([ids_BN.masked_fill(order.target_BN, 0), ids_BN.new_zeros(B, 1)], dim=1)
+        prompt_BN = ids_BN.where(order.rank_BN < order.n_visible_B[:, None], 0)
+        self.ids_BS = torch.cat([prompt_BN, ids_BN.new_zeros(B, 1)], dim=1)
         self.settled_B = order.n_visible_B.clone()
         self.cached_B = torch.zeros_like(self.settled_B)
         self.backlog = int(order.n_visible_B.max())  # at most this many settled tokens of a sequence are not cached
-        require_memory(model, B, N, self.backlog + 2 * config.k + 1, config.k + 1)
+        n_query = (config.k + 1) ** 2 if config.one_pass else config.k + 1
+        need = call_bytes(model, B, N, self.backlog + config.k + n_query, B * (config.k + 1))
+        require_memory(model, B, N, need)
         self.cache = SlotCache(model, B, N)
         uniforms = rank_uniforms(seed, indices, N, 3).to(ids_BN.device)
         self.draft_uniform_BN, self.accept_uniform_BN, self.target_uniform_BN = uniforms
@@ -79,11 +87,7 @@ class Decoding:
                 "do not match"
             )
         vocab_size = self.model.config.vocab_size
-        prompt = ids_BN[self.order.rank_BN < self.order.n_visible_B[:, None]]
-        if prompt.numel() and not 0 <= int(prompt.min()) <= int(prompt.max()) < vocab_size:
-            raise ConfigError(
-                f"token ids must lie in 0 .. {vocab_size - 1}, got {int(prompt.min())} .. {int(prompt.max())}"
-            )
+        require_token_ids(ids_BN[self.order.rank_BN < self.order.n_visible_B[:, None]], vocab_size)
         if any(not 0 <= i < vocab_size for i in self.law.banned_ids) or len(self.law.banned_ids) >= vocab_size:
             raise ConfigError(f"banned_ids {self.law.banned_ids} must be some, not all, of 0 .. {vocab_size - 1}")
 

@@ -1,10 +1,13 @@
 """The training loop: rows, joint loss, AdamW, metrics, checkpoints."""
 
+import json
 import time
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
+import yaml
+from huggingface_hub.errors import StrictDataclassError
 from tqdm import tqdm
 from transformers import XLNetConfig
 
@@ -12,9 +15,10 @@ from ..config import TrainConfig
 from ..data.packing import PackedRows
 from ..data.sources import read_documents
 from ..errors import ConfigError, OutputDirError
+from ..loading import check_vocabulary, load_tokenizer
+from ..memory import require_memory, training_bytes
 from ..model import AnySubsetLM
-from ..runlog import append_line, prepare_output_dir, provenance, write_json
-from ..tokenizer import TextTokenizer
+from ..runlog import append_line, prepare_output_dir, provenance, read_lines, write_atomic, write_json
 from .checkpoint import checkpoints, load_newest, save_checkpoint
 from .objective import accumulate_gradients, step_batch
 from .schedule import lr_factor, masking_range
@@ -22,13 +26,16 @@ from .schedule import lr_factor, masking_range
 
 def build_model(config: TrainConfig, vocab_size: int) -> AnySubsetLM:
     """The model to start from: a checkpoint, or random weights by ``architecture``, seeded."""
+    torch.manual_seed(config.seed)  # weights and dropout
     if config.model is not None:
-        model = AnySubsetLM.from_pretrained(config.model, revision=config.revision)
-        if vocab_size > model.config.vocab_size:
-            raise ConfigError(f"the tokenizer has {vocab_size} pieces, the model only {model.config.vocab_size}")
-        return model
-    torch.manual_seed(config.seed)
-    return AnySubsetLM(XLNetConfig(**{"vocab_size": vocab_size, "mem_len": None, **config.architecture}))
+        return AnySubsetLM.from_pretrained(config.model, revision=config.revision)
+    known = {f.name for f in fields(XLNetConfig)}
+    if unknown := sorted(set(config.architecture) - known):
+        raise ConfigError(f"architecture: {unknown} are no fields of XLNetConfig; it has {sorted(known)}")
+    try:
+        return AnySubsetLM(XLNetConfig(**{"vocab_size": vocab_size, "mem_len": None, **config.architecture}))
+    except StrictDataclassError as error:
+        raise ConfigError(f"architecture {config.architecture}: {error}") from error
 
 
 def build_optimizer(model: AnySubsetLM, config: TrainConfig) -> torch.optim.AdamW:
@@ -50,16 +57,22 @@ def train(config: TrainConfig) -> Path:
             f"{out} already holds a run; go on with it with --resume true, or choose another --output_dir"
         )
     documents = [d for name in config.data.files for d in read_documents(name)]
-    tokenizer = TextTokenizer.from_pretrained(config.tokenizer or config.model, config.revision)
+    tokenizer = load_tokenizer(config.model, config.revision, config.tokenizer)
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = build_model(config, len(tokenizer)).to(device).train()
+    check_vocabulary(model, tokenizer)
+    rows_per_pass, length = config.optimizer.rows_per_pass, config.data.max_length
+    require_memory(model, rows_per_pass, length, training_bytes(model, rows_per_pass, length))
     optimizer = build_optimizer(model, config)
     start = restore(out, config, model, optimizer) if config.resume else 0
     rows = PackedRows(documents, tokenizer, config.data.max_length, config.seed, config.data.source_weights)
 
+    write_atomic(out / "config.yaml", yaml.safe_dump(asdict(config), sort_keys=False))
     write_json(out / "provenance.json", provenance() | {"first_step": start})
+    logged = [r for r in read_lines(out / "metrics.jsonl") if r["step"] <= start]  # later steps are run again
+    write_atomic(out / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in logged))
     _steps(config, out, model, optimizer, rows, start)
     final = out / "final"
     model.eval().save_pretrained(final)
@@ -83,6 +96,8 @@ def restore(out: Path, config: TrainConfig, model: AnySubsetLM, optimizer: torch
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     torch.set_rng_state(state["torch_rng"])
+    if state["cuda_rng"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda_rng"])
     return state["step"]
 
 

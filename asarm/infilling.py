@@ -1,6 +1,6 @@
 """From texts with gaps to filled texts; from a text and its fills to their log-probability."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -12,7 +12,9 @@ from .model import AnySubsetLM
 from .orders import Order
 from .sampling.decoding import Completion
 from .sampling.sample import sample
-from .tokenizer import MaskedText, TextTokenizer
+from .tokenizer import GAP, MaskedText, TextTokenizer
+
+BATCH_SIZE = 16  # samples of one text that are drawn together
 
 
 @dataclass(frozen=True)
@@ -52,20 +54,21 @@ def infill(
 ) -> list[str]:
     """Fill the gaps of ``text`` (``<mask>`` is one token, ``<mask:12>`` twelve) ``num_samples`` times.
 
-    Outside the gaps the text is kept to the byte. Special tokens are never drawn. Raises :class:`TextError` for a
-    text without a gap.
+    Outside the gaps the text is kept to the byte; a text that the vocabulary cannot hold is refused. Special tokens
+    are never drawn. Raises :class:`TextError` for a text without a gap.
     """
     masked = tokenizer.encode_masked(text)
     config = without_special_tokens(config or SamplerConfig(), tokenizer)
     tasks = [InfillTask(masked.ids, masked.visible, index) for index in range(num_samples)]
-    completion = complete(model, tasks, config, seed)
-    return [tokenizer.fill(masked, ids) for ids in completion.ids_BN.tolist()]
+    batches = (tasks[i : i + BATCH_SIZE] for i in range(0, num_samples, BATCH_SIZE))
+    return [
+        tokenizer.fill(masked, ids) for batch in batches for ids in complete(model, batch, config, seed).ids_BN.tolist()
+    ]
 
 
 def without_special_tokens(config: SamplerConfig, tokenizer: TextTokenizer) -> SamplerConfig:
     """The same sampler with the vocabulary's special tokens banned: a gap is filled with text."""
-    banned = tuple(sorted({*config.banned_ids, *tokenizer.special_ids}))
-    return SamplerConfig(**{**vars(config), "banned_ids": banned})
+    return replace(config, banned_ids=tuple(sorted({*config.banned_ids, *tokenizer.special_ids})))
 
 
 @dataclass(frozen=True)
@@ -87,15 +90,16 @@ def score_text(
 
     A fill's own number of tokens counts, whatever length the gap asks for.
     """
-    if not fills:
+    if not fills and not GAP.search(text):
+        tokenizer.check_lossless(text)
         ids = tokenizer.encode(text)
         if not ids:
             raise TextError("the text to score is empty")
         visible = [False] * len(ids)
     else:
-        ids, visible = _with_fills(tokenizer, tokenizer.encode_masked(text), fills)
+        ids, visible = _with_fills(tokenizer, tokenizer.encode_masked(text), fills or [])
     ids_BN, order = collate([InfillTask(ids, visible)])
-    logp_N = conditional_log_probs(model, ids_BN.to(model.device), order.to(model.device), law)[0].tolist()
+    logp_N = conditional_log_probs(model, ids_BN, order, law)[0].tolist()
     scored = [i for i, given in enumerate(visible) if not given]
     return Score([tokenizer.decode([ids[i]]) for i in scored], [logp_N[i] for i in scored])
 

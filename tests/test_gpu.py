@@ -1,0 +1,42 @@
+"""What differs on a CUDA device; skipped without one."""
+
+import pytest
+import torch
+from conftest import make_model, random_batch
+from safetensors.torch import load_file
+from test_train import small_run, train_in_two_parts, write_text
+
+from asarm import SamplerConfig, joint_log_prob, sample
+from asarm.evals.config import SpeculativeConfig
+from asarm.evals.speculative import evaluate
+from asarm.train.loop import train
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.mark.parametrize("name", ["sequential", "assd", "assd+one-pass", "assd-ngram", "parallel"])
+def test_the_same_tokens_as_on_the_cpu_in_float32(name):
+    torch.backends.cuda.matmul.allow_tf32 = False
+    model = make_model(vocab_size=12, spread=0.5)
+    ids_BN, order = random_batch(12, 6, 14, seed=1)
+    config = SamplerConfig.named(name, k=3)
+    on_cpu = sample(model, ids_BN, order, config, seed=4)
+    on_gpu = sample(model.cuda(), ids_BN, order, config, seed=4)
+    assert torch.equal(on_cpu.ids_BN, on_gpu.ids_BN.cpu())
+    scores = joint_log_prob(model, on_gpu.ids_BN, order).cpu()
+    assert torch.allclose(scores, joint_log_prob(model.cpu(), on_cpu.ids_BN, order), atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_main_job_runs(dtype, tmp_path):
+    config = SpeculativeConfig(dataset="samples", num_sequences=4, max_length=48, dtype=dtype, output_dir=str(tmp_path))
+    rows = evaluate(config)["samplers"]
+    assert all(row["nfe_per_token"] <= 1 for row in rows.values())
+
+
+def test_a_resumed_training_run_draws_the_same_dropout(tmp_path, monkeypatch):
+    text = write_text(tmp_path / "text.jsonl")
+    whole = train(small_run(text, tmp_path / "whole"))
+    parts = train_in_two_parts(small_run(text, tmp_path / "parts"), monkeypatch)
+    first, second = (load_file(folder / "model.safetensors") for folder in (whole, parts))
+    assert all(torch.allclose(first[key], second[key], atol=1e-5) for key in first)
