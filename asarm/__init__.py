@@ -3,7 +3,7 @@
 Reading order, each module importing only from those before it: errors, config, rng, embedded, runlog, tokenizer,
 orders, attention, cache, model, memory, law, density, sampling/ (accept, decoding, drafts, sequential, assd, parallel,
 sample), infilling, loading, data/ (sources, datasets, packing), train/ (schedule, objective, checkpoint, loop), evals/
-(config, stats, metrics, records, likelihood, speculative), cli.
+(config, stats, metrics, records, tasks, decode, likelihood, speculative, infill_eval), cli.
 
 Shape suffixes: B batch, N positions (slots), S positions and the scratch slot, R rows, C content rows, Q query rows,
 T targets, K drafted tokens, H heads, D head dimension, E model width, F feed-forward width, P relative positions

@@ -1,4 +1,4 @@
-"""``python -m asarm``: infill, score, train, eval speculative.
+"""``python -m asarm``: infill, score, train, and the evaluations.
 
 Every command takes ``--config FILE.yaml``, overridden by ``--key value``; ``--print_config`` shows the result. A
 mistake of the user's is one line on standard error and exit status 2.
@@ -6,6 +6,7 @@ mistake of the user's is one line on standard error and exit status 2.
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, fields
 from typing import get_args, get_origin
 
@@ -14,7 +15,7 @@ from jsonargparse import ActionConfigFile, ActionYesNo, ArgumentParser
 
 from .config import TrainConfig
 from .errors import ConfigError, UserError
-from .evals.config import InfillConfig, ScoreConfig, SpeculativeConfig
+from .evals.config import CodeInfillConfig, InfillConfig, NlpInfillConfig, ScoreConfig, SpeculativeConfig
 
 
 def run_infill(config: InfillConfig) -> None:
@@ -63,13 +64,22 @@ def run_train(config: TrainConfig) -> None:
 
 
 def run_eval_speculative(config: SpeculativeConfig) -> None:
-    from .evals.speculative import evaluate, table
+    from .evals.speculative import evaluate, report
 
-    summary = evaluate(config)
+    _show(config, evaluate(config), report)
+
+
+def run_eval_infill(config: NlpInfillConfig | CodeInfillConfig) -> None:
+    from .evals.infill_eval import evaluate, report
+
+    _show(config, evaluate(config), report)
+
+
+def _show(config, summary: dict, report: Callable[[dict], str]) -> None:
     if config.json:
         print(json.dumps(summary, ensure_ascii=False))
     else:
-        print(table(summary))
+        print(report(summary))
         print(f"records and summary: {config.output_dir}")
 
 
@@ -83,7 +93,11 @@ COMMANDS = {
     "train": (TrainConfig, run_train),
 }
 DESCRIPTION = "Any-subset autoregressive models. Evaluations: python -m asarm eval --help."
-EVALS = {"speculative": (SpeculativeConfig, run_eval_speculative)}
+EVALS = {
+    "speculative": (SpeculativeConfig, run_eval_speculative),
+    "nlp-infill": (NlpInfillConfig, run_eval_infill),
+    "code-infill": (CodeInfillConfig, run_eval_infill),
+}
 
 
 def build_parser(prog: str, description: str, commands: dict) -> ArgumentParser:

@@ -29,7 +29,19 @@ def tiny():
     return load("tiny-english")
 
 
-@pytest.mark.parametrize("command", [[], ["infill"], ["score"], ["train"], ["eval"], ["eval", "speculative"]])
+@pytest.mark.parametrize(
+    "command",
+    [
+        [],
+        ["infill"],
+        ["score"],
+        ["train"],
+        ["eval"],
+        ["eval", "speculative"],
+        ["eval", "nlp-infill"],
+        ["eval", "code-infill"],
+    ],
+)
 def test_help_does_not_import_torch(command):
     script = (
         "import sys; from asarm.cli import main\ntry: main(sys.argv[1:])\nfinally: assert 'torch' not in sys.modules"

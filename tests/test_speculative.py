@@ -13,7 +13,7 @@ from asarm.errors import OutputDirError
 from asarm.evals.config import SpeculativeConfig
 from asarm.evals.metrics import token_entropy
 from asarm.evals.records import RecordLog
-from asarm.evals.speculative import evaluate, table
+from asarm.evals.speculative import evaluate, report
 from asarm.evals.stats import mean_and_se
 from asarm.runlog import read_lines
 
@@ -58,7 +58,7 @@ def test_summary_holds_plain_numbers_with_standard_errors(finished):
     assert summary["samplers"]["assd"]["nfe_per_token"] < 1
     assert summary["samplers"]["assd-ngram"]["aux_nfe_per_token"] == summary["samplers"]["assd-ngram"]["nfe_per_token"]
     assert {"commit", "torch", "device", "time"} <= set(summary["provenance"])
-    lines = table(summary).splitlines()
+    lines = report(summary).splitlines()
     assert len(lines) == 2 + 5 and "95% masked" in lines[0]
 
 

@@ -1,5 +1,6 @@
 """Per-sequence records: appended as they come, read back to go on after a stop."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -9,6 +10,11 @@ from ..errors import OutputDirError
 from ..runlog import append_line, read_lines, write_atomic, write_json
 
 FREE_KEYS = {"output_dir", "json"}  # settings that may differ when a run goes on
+
+
+def fingerprint(value: object) -> str:
+    """A short hash of what a run works on (its tasks, say)."""
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
 
 
 class RecordLog:

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=asarm-nlp-infill
+#SBATCH --nodes=1
+#SBATCH --ntasks=1
+#SBATCH --cpus-per-task=8
+#SBATCH --gres=gpu:1
+#SBATCH --mem=32G
+#SBATCH --time=01:00:00
+#SBATCH --output=logs/%x-%j.out
+# Infill sentences of five-sentence stories and compare with what was there (--task rocstories-1of5 or rocstories-3of5).
+# Runs unchanged under bash and sbatch (submit from the repository); arguments go to `python -m asarm eval nlp-infill` (--help lists them).
+set -euo pipefail
+
+launch="$(dirname "${BASH_SOURCE[0]}")/scripts/launch.sh"
+[ -f "$launch" ] || launch="${SLURM_SUBMIT_DIR:?run the launcher from the repository}/scripts/launch.sh"
+# shellcheck disable=SC1090
+source "$launch"
+asarm_launch eval nlp-infill "$@"

@@ -1,0 +1,114 @@
+"""Infilling evaluations: text and code with a gap, filled and compared with what was there.
+
+The model is told the true number of tokens of each gap, as in the published protocol (Guo & Ermon 2025).
+"""
+
+from dataclasses import asdict
+
+from tqdm import tqdm
+
+from ..density import require_memory_for_density
+from ..errors import TextError
+from ..infilling import InfillTask, without_special_tokens
+from ..loading import load
+from ..runlog import append_line, prepare_output_dir, provenance, write_atomic, write_json
+from ..tokenizer import TextTokenizer
+from .config import CodeInfillConfig, NlpInfillConfig, sampler_of
+from .decode import decode
+from .metrics import code_similarity, rouge
+from .records import RecordLog, fingerprint
+from .stats import summarise_by_sampler, table
+from .tasks import READERS, TextGap
+
+QUALITY = {
+    NlpInfillConfig: (rouge, {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "rouge_mean": "mean"}),
+    CodeInfillConfig: (code_similarity, {"exact_match": "exact match", "edit_similarity": "edit similarity"}),
+}
+COST = {
+    "gap_tokens": lambda r: r["masked"],
+    "nfe_per_token": lambda r: r["nfe"] / r["masked"],
+    "log_prob_per_token": lambda r: r["log_prob"] / r["masked"],
+    "seconds_per_sequence": lambda r: r["seconds"],
+}
+HEADINGS = {
+    "gap_tokens": "gap (tokens)",
+    "nfe_per_token": "NFE/token",
+    "log_prob_per_token": "log-prob/token",
+    "seconds_per_sequence": "s/sequence",
+}
+
+
+def evaluate(config: NlpInfillConfig | CodeInfillConfig) -> dict:
+    """Run, or go on with, an infilling evaluation; returns what ``summary.json`` holds."""
+    out = prepare_output_dir(config.output_dir)
+    text, gaps = READERS[type(config)](config)
+    gaps = gaps[: config.limit]
+    model, tokenizer = load(config.model, config.revision, config.tokenizer, config.dtype)
+    tasks = [encode_gap(tokenizer, gap, index) for index, gap in enumerate(gaps)]
+    require_memory_for_density(model, config.batch_size, max(len(task.ids) for task in tasks))
+    log = RecordLog(out, asdict(config), {"tasks": fingerprint(tasks), "weights": model.fingerprint()})
+    origin = provenance()
+
+    measure, quality = QUALITY[type(config)]
+    bar = tqdm(total=len(tasks) * len(config.samplers), initial=len(log.records), unit="text", desc="infill")
+    for name in config.samplers:
+        bar.set_postfix_str(name)
+        todo = [task for task in tasks if (name, task.index) not in log.records]
+        sampler = without_special_tokens(sampler_of(config, name), tokenizer)
+        for task, ids, measures in decode(model, todo, sampler, config.seed, config.batch_size):
+            gap = gaps[task.index]
+            completion = fill_gap(tokenizer, task, ids)
+            scores = measure(gap.reference, completion)
+            record = {"sampler": name, "index": task.index, "name": gap.name, **measures, **scores}
+            log.add(record | {"completion": completion, "reference": gap.reference})
+            bar.update()
+    bar.close()
+    if isinstance(config, CodeInfillConfig):
+        write_samples(out, config.samplers, log)
+
+    measures = COST | {key: (lambda r, key=key: r[key]) for key in quality}
+    rows = summarise_by_sampler({name: log.of(name) for name in config.samplers}, measures)
+    summary = {"samplers": rows, "config": asdict(config), "text": text, "num_texts": len(tasks), "provenance": origin}
+    write_json(out / "summary.json", summary)
+    return summary
+
+
+def encode_gap(tokenizer: TextTokenizer, gap: TextGap, index: int) -> InfillTask:
+    """The text's tokens, the reference's masked; each of the three parts is encoded by itself, as a user's text with
+    a gap is."""
+    parts = [tokenizer.encode(part) for part in (gap.prefix, gap.reference, gap.suffix)]
+    for part in (gap.prefix, gap.reference, gap.suffix):
+        tokenizer.check_lossless(part)
+    if not parts[1]:
+        raise TextError(f"{gap.name}: the gap is empty, there is nothing to fill in")
+    visible = [True] * len(parts[0]) + [False] * len(parts[1]) + [True] * len(parts[2])
+    return InfillTask(parts[0] + parts[1] + parts[2], visible, index)
+
+
+def fill_gap(tokenizer: TextTokenizer, task: InfillTask, ids: list[int]) -> str:
+    """The text that ``ids`` hold where the task is masked."""
+    start, length = task.visible.index(False), task.visible.count(False)
+    before = ids[max(start - 1, 0) : start]
+    return tokenizer.decode(before + ids[start : start + length])[len(tokenizer.decode(before)) :]
+
+
+def write_samples(out, samplers: list[str], log: RecordLog) -> None:
+    """``samples-SAMPLER.jsonl``: task_id and completion, as the benchmark's own evaluator reads them."""
+    for name in samplers:
+        path = out / f"samples-{name}.jsonl"
+        write_atomic(path, "")
+        for record in log.of(name):
+            append_line(path, {"task_id": record["name"], "completion": record["completion"]})
+
+
+def report(summary: dict) -> str:
+    """What was measured, and the table."""
+    config = summary["config"]
+    of_code = "benchmark" in config
+    headings = HEADINGS | QUALITY[CodeInfillConfig if of_code else NlpInfillConfig][1]
+    title = (
+        f"{config['model']}, {config['benchmark' if of_code else 'task']}: {summary['num_texts']} texts of "
+        f"{summary['text']}, k = {config['k']}, batches of {config['batch_size']}, {config['dtype']}; the model is told "
+        "the true length of the gap; mean +- standard error"
+    )
+    return title + "\n" + table(summary["samplers"], headings)

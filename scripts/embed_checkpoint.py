@@ -1,0 +1,33 @@
+"""Turn the final checkpoint of a training run into an embedded one: float16 weights, tokenizer, recipe and loss curve.
+
+python scripts/embed_checkpoint.py --run runs/tiny_english --name tiny-english
+"""
+
+import shutil
+from pathlib import Path
+
+from jsonargparse import CLI
+
+from asarm import AnySubsetLM
+from asarm.embedded import ASSETS
+
+
+def main(run: str, name: str) -> None:
+    """Write asarm/assets/NAME.
+
+    Args:
+        run: output_dir of the training run.
+        name: of the embedded checkpoint.
+    """
+    source, target = Path(run), ASSETS / name
+    target.mkdir(parents=True, exist_ok=True)
+    AnySubsetLM.from_pretrained(source / "final").half().save_pretrained(target)
+    shutil.copy(source / "final" / "tokenizer.json", target)
+    shutil.copy(source / "config.yaml", target / "training_config.yaml")
+    shutil.copy(source / "metrics.jsonl", target / "training_metrics.jsonl")
+    size = sum(file.stat().st_size for file in target.iterdir())
+    print(f"{target}: {size / 2**20:.1f} MiB")
+
+
+if __name__ == "__main__":
+    CLI(main, as_positional=False)
