@@ -15,7 +15,15 @@ from jsonargparse import ActionConfigFile, ActionYesNo, ArgumentParser
 
 from .config import TrainConfig
 from .errors import ConfigError, UserError
-from .evals.config import CodeInfillConfig, InfillConfig, NlpInfillConfig, ScoreConfig, SpeculativeConfig
+from .evals.config import (
+    CodeInfillConfig,
+    DecodingConfig,
+    InfillConfig,
+    InfillEvalConfig,
+    NlpInfillConfig,
+    ScoreConfig,
+    SpeculativeConfig,
+)
 
 
 def run_infill(config: InfillConfig) -> None:
@@ -69,13 +77,13 @@ def run_eval_speculative(config: SpeculativeConfig) -> None:
     _show(config, evaluate(config), report)
 
 
-def run_eval_infill(config: NlpInfillConfig | CodeInfillConfig) -> None:
+def run_eval_infill(config: InfillEvalConfig) -> None:
     from .evals.infill_eval import evaluate, report
 
     _show(config, evaluate(config), report)
 
 
-def _show(config, summary: dict, report: Callable[[dict], str]) -> None:
+def _show(config: DecodingConfig, summary: dict, report: Callable[[dict], str]) -> None:
     if config.json:
         print(json.dumps(summary, ensure_ascii=False))
     else:
@@ -113,7 +121,8 @@ def _command_parser(config_class: type) -> ArgumentParser:
     or ``assd,sequential``."""
     parser = ArgumentParser(description=_first_line(config_class))
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of the settings below.")
-    help_texts = {p.arg_name: p.description for p in docstring_parser.parse(config_class.__doc__).params}
+    documented = [p for cls in config_class.__mro__[:-1] for p in docstring_parser.parse(cls.__doc__).params]
+    help_texts = {p.arg_name: p.description for p in documented}
     special = [f for f in fields(config_class) if f.type is bool or get_origin(f.type) is list]
     parser.add_class_arguments(config_class, skip={f.name for f in special})
     for f in special:

@@ -13,7 +13,7 @@ from ..infilling import InfillTask, without_special_tokens
 from ..loading import load
 from ..runlog import append_line, prepare_output_dir, provenance, write_atomic, write_json
 from ..tokenizer import TextTokenizer
-from .config import CodeInfillConfig, NlpInfillConfig, sampler_of
+from .config import CodeInfillConfig, InfillEvalConfig, NlpInfillConfig
 from .decode import decode
 from .metrics import code_similarity, rouge
 from .records import RecordLog, fingerprint
@@ -38,7 +38,7 @@ HEADINGS = {
 }
 
 
-def evaluate(config: NlpInfillConfig | CodeInfillConfig) -> dict:
+def evaluate(config: InfillEvalConfig) -> dict:
     """Run, or go on with, an infilling evaluation; returns what ``summary.json`` holds."""
     out = prepare_output_dir(config.output_dir)
     text, gaps = READERS[type(config)](config)
@@ -54,7 +54,7 @@ def evaluate(config: NlpInfillConfig | CodeInfillConfig) -> dict:
     for name in config.samplers:
         bar.set_postfix_str(name)
         todo = [task for task in tasks if (name, task.index) not in log.records]
-        sampler = without_special_tokens(sampler_of(config, name), tokenizer)
+        sampler = without_special_tokens(config.sampler_config(name), tokenizer)
         for task, ids, measures in decode(model, todo, sampler, config.seed, config.batch_size):
             gap = gaps[task.index]
             completion = fill_gap(tokenizer, task, ids)
@@ -108,7 +108,7 @@ def report(summary: dict) -> str:
     headings = HEADINGS | QUALITY[CodeInfillConfig if of_code else NlpInfillConfig][1]
     title = (
         f"{config['model']}, {config['benchmark' if of_code else 'task']}: {summary['num_texts']} texts of "
-        f"{summary['text']}, k = {config['k']}, batches of {config['batch_size']}, {config['dtype']}; the model is told "
-        "the true length of the gap; mean +- standard error"
+        f"{summary['text']}, k = {config['k']}, batches of {config['batch_size']}, {config['dtype']}; the model is "
+        "told the true length of the gap; mean +- standard error"
     )
     return title + "\n" + table(summary["samplers"], headings)

@@ -17,7 +17,7 @@ from ..orders import random_visible
 from ..rng import generator
 from ..runlog import prepare_output_dir, provenance, write_json
 from ..tokenizer import TextTokenizer
-from .config import SpeculativeConfig, sampler_of
+from .config import SpeculativeConfig
 from .decode import decode
 from .metrics import token_entropy
 from .records import RecordLog, fingerprint
@@ -94,7 +94,7 @@ def run_sampler(
     bar: tqdm,
 ) -> None:
     """Decode ``tasks`` and record each sequence."""
-    for task, ids, measures in decode(model, tasks, sampler_of(config, name), config.seed, config.batch_size):
+    for task, ids, measures in decode(model, tasks, config.sampler_config(name), config.seed, config.batch_size):
         text = tokenizer.decode(ids)
         log.add({"sampler": name, "index": task.index, **measures, "entropy": token_entropy(ids), "text": text})
         bar.update()
