@@ -53,6 +53,9 @@ class PackedRows:
         self.max_length, self.seed = max_length, seed
         self.documents = tokenize(documents, tokenizer)
         self.weight = np.array([next((w for p, w in weights.items() if fnmatch(d.source, p)), 1.0) for d in documents])
+        self._rewind()
+
+    def _rewind(self) -> None:
         self._epoch, self._stream, self._first_row = -1, np.empty(0, np.int32), 0
         self._advance()
 
@@ -75,7 +78,9 @@ class PackedRows:
         return -(-len(self._stream) // self.max_length)
 
     def row(self, index: int) -> np.ndarray:
-        """Row ``index`` of the run, [max_length]; indices must not go back to an earlier epoch."""
+        """Row ``index`` of the run, [max_length]; quick as long as indices do not go back to an earlier epoch."""
+        if index < self._first_row:
+            self._rewind()
         while index >= self._first_row + self._n_rows:
             self._advance()
         start = (index - self._first_row) * self.max_length

@@ -54,7 +54,7 @@ def train(config: TrainConfig) -> Path:
     out = prepare_output_dir(config.output_dir)
     if not config.resume and (checkpoints(out / "checkpoints") or (out / "final").exists()):
         raise OutputDirError(
-            f"{out} already holds a run; go on with it with --resume true, or choose another --output_dir"
+            f"{out} already holds a run; go on with it with --resume, or choose another --output_dir"
         )
     documents = [d for name in config.data.files for d in read_documents(name)]
     tokenizer = load_tokenizer(config.model, config.revision, config.tokenizer)
