@@ -158,8 +158,7 @@ class SpeculativeConfig(DecodingConfig):
     dataset_config: str | None = None
     split: str = "validation"
     data_file: str | None = None
-    num_sequences: int = 48
-    batch_size: int = 1
+    num_sequences: int = 64
     max_length: int = 128
     visible_fraction: float = 0.05
 

@@ -53,9 +53,7 @@ def train(config: TrainConfig) -> Path:
     """Run (or, with ``resume``, go on with) a training run; returns the folder of the final checkpoint."""
     out = prepare_output_dir(config.output_dir)
     if not config.resume and (checkpoints(out / "checkpoints") or (out / "final").exists()):
-        raise OutputDirError(
-            f"{out} already holds a run; go on with it with --resume, or choose another --output_dir"
-        )
+        raise OutputDirError(f"{out} already holds a run; go on with it with --resume, or choose another --output_dir")
     documents = [d for name in config.data.files for d in read_documents(name)]
     tokenizer = load_tokenizer(config.model, config.revision, config.tokenizer)
     if config.num_threads:
