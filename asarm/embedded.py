@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from .errors import ModelNotFoundError
+
 ASSETS = Path(__file__).parent / "assets"
 
 
@@ -10,9 +12,13 @@ def embedded_models() -> list[str]:
     return sorted(path.parent.name for path in ASSETS.glob("*/config.json"))
 
 
-def resolve_model(name_or_path: str | Path) -> str:
-    """The folder of an embedded checkpoint or local path, or the Hub id as it was given."""
+def resolve_model(name_or_path: str | Path, revision: str = "main") -> str:
+    """The folder of an embedded checkpoint or local path, or the Hub id as it was given.
+
+    Only the Hub has revisions: another one than ``main`` of a folder raises :class:`ModelNotFoundError`.
+    """
     name = str(name_or_path)
-    if name in embedded_models():
-        return str(ASSETS / name)
-    return name
+    path = str(ASSETS / name) if name in embedded_models() else name
+    if revision != "main" and Path(path).is_dir():
+        raise ModelNotFoundError(f"{name!r} is a folder on this machine and has no revision {revision!r}; leave it out")
+    return path

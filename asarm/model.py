@@ -171,7 +171,7 @@ class AnySubsetLM(PreTrainedModel):
         not resolve and :class:`CheckpointMismatchError` where the weights are not exactly those that the
         configuration describes.
         """
-        path = resolve_model(name_or_path)
+        path = resolve_model(name_or_path, revision)
         want_info = kwargs.pop("output_loading_info", False)
         try:
             model, info = super().from_pretrained(

@@ -49,9 +49,14 @@ class TextTokenizer:
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, revision: str = "main") -> "TextTokenizer":
         """Load ``tokenizer.json`` of an embedded model, a local folder or a Hub id."""
-        path = Path(resolve_model(name_or_path))
-        file = path / "tokenizer.json" if path.is_dir() else path
-        if not file.is_file():
+        path = Path(resolve_model(name_or_path, revision))
+        if path.is_dir():
+            file = path / "tokenizer.json"
+            if not file.is_file():
+                raise ModelNotFoundError(
+                    f"{path} has no tokenizer.json; name a folder or Hub id that has, with --tokenizer"
+                )
+        else:
             file = _download(str(name_or_path), revision)
         try:
             return cls(Tokenizer.from_file(str(file)), name=str(name_or_path))

@@ -116,6 +116,8 @@ def test_held_out_likelihood_falls_with_more_context(tmp_path):
             ["infill", "--text", "a <mask>", "--model", "no/such-model", "--tokenizer", "tiny-english"],
             "no model 'no/such-model'",
         ),
+        (["infill", "--text", "a <mask>", "--revision", "v9"], "no revision 'v9'"),
+        (["infill", "--text", "a <mask>", "--model", "/etc"], "/etc has no tokenizer.json"),
         (["infill", "--text", "a <mask>", "--k", "0"], "k must be at least 1, got 0"),
         (["infill", "--text", "a <mask>", "--temperature", "0"], "temperature must be above 0"),
         (["infill", "--text", "a <mask>", "--temperature", "-1"], "got -1.0"),
