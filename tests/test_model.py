@@ -11,7 +11,7 @@ from asarm import AnySubsetLM, TextTokenizer, conditional_log_probs, joint_log_p
 from asarm.density import target_states
 from asarm.errors import CheckpointMismatchError, ConfigError, ModelNotFoundError
 
-SMALL = {"vocab_size": 40, "d_model": 24, "n_layer": 3, "n_head": 4, "d_inner": 48}
+SMALL = {"vocab_size": 40, "d_model": 24, "n_layer": 3, "n_head": 4, "d_inner": 48, "initializer_range": 0.3}
 CONFIGS = {
     "small": SMALL | {"ff_activation": "relu"},
     "clamped": SMALL | {"n_layer": 2, "clamp_len": 3, "layer_norm_eps": 1e-6},
