@@ -1,11 +1,11 @@
 """Text to ids and back, with ``<mask>`` and ``<mask:12>`` for gaps.
 
-A thin layer over a fast ``tokenizers`` tokenizer with XLNet's special ids. A gap swallows the spaces before it, as
+A thin layer over a fast ``tokenizers`` tokenizer with XLNet's special ids. A gap swallows one space before it, as
 Hugging Face's ``<mask>`` does, because a word's first token carries its leading space.
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -123,10 +123,13 @@ class TextTokenizer:
         """The text with its gaps replaced by what ``ids`` holds there; outside the gaps it is kept to the byte."""
         parts = [masked.pieces[0]]
         for gap, piece in zip(masked.gaps, masked.pieces[1:], strict=True):
-            before = ids[max(gap.start - 1, 0) : gap.start]  # decoders treat the first token's space specially
-            whole = self.decode(before + ids[gap.start : gap.stop])
-            parts += [whole[len(self.decode(before)) :], piece]
+            parts += [self.decode_gap(ids, gap), piece]
         return "".join(parts)
+
+    def decode_gap(self, ids: list[int], gap: range) -> str:
+        """The text of the tokens in ``gap``, its leading space included."""
+        before = ids[max(gap.start - 1, 0) : gap.start]  # decoders treat the first token's space specially
+        return self.decode(before + ids[gap.start : gap.stop])[len(self.decode(before)) :]
 
 
 def require_gap(text: str) -> None:
@@ -147,7 +150,7 @@ def _download(name: str, revision: str) -> str:
         ) from error
 
 
-def train_byte_level_bpe(texts: Iterable[str] | Iterator[str], vocab_size: int) -> Tokenizer:
+def train_byte_level_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """A lossless byte-level BPE with XLNet's special tokens at ids 0-8."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -44,24 +44,16 @@ def test_a_launcher_forwards_its_arguments(path, how, tmp_path):
     if how == "sbatch":  # Slurm runs a copy from its spool folder and says where the job was submitted
         script, extra = tmp_path / "slurm_script", {"SLURM_SUBMIT_DIR": str(ROOT)}
         shutil.copy(path, script)
-    done = subprocess.run(
-        ["bash", str(script), "--help"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-        env=environment(**extra),
-    )
+
+    def launch(argument):
+        command = ["bash", str(script), argument]
+        env = environment(**extra)
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env=env)
+
+    done = launch("--help")
     assert done.returncode == 0, done.stderr
     assert "--output_dir" in done.stdout
-    failed = subprocess.run(
-        ["bash", str(script), "--nonsense"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-        env=environment(**extra),
-    )
+    failed = launch("--nonsense")
     assert failed.returncode == 2 and "nonsense" in failed.stderr
 
 

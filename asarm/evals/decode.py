@@ -1,10 +1,11 @@
 """Masked sequences through a sampler, batch by batch, with what each cost and how likely it is."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
+from tqdm import tqdm
 
 from ..config import SamplerConfig
 from ..density import joint_log_prob
@@ -12,6 +13,8 @@ from ..infilling import InfillTask, collate
 from ..model import AnySubsetLM
 from ..sampling.decoding import Completion, law_of
 from ..sampling.sample import sample
+from .config import DecodingConfig
+from .records import RecordLog
 
 COUNTS = ("nfe", "aux_nfe", "rounds", "proposed", "accepted")
 WARM_UP_TOKENS = 8
@@ -47,6 +50,26 @@ def decode(
                     "log_prob": logp_B[b],
                 },
             )
+
+
+def record_samplers(
+    model: AnySubsetLM,
+    tasks: list[InfillTask],
+    samplers: dict[str, SamplerConfig],
+    config: DecodingConfig,
+    log: RecordLog,
+    describe: Callable[[InfillTask, list[int]], dict],
+) -> None:
+    """Decode the tasks that ``log`` lacks with every sampler and record each, with what ``describe`` says of its
+    ids."""
+    bar = tqdm(total=len(tasks) * len(samplers), initial=len(log.records), unit="seq", desc="decode")
+    for name, sampler in samplers.items():
+        bar.set_postfix_str(name)
+        todo = [task for task in tasks if (name, task.index) not in log.records]
+        for task, ids, measures in decode(model, todo, sampler, config.seed, config.batch_size):
+            log.add({"sampler": name, "index": task.index, **measures, **describe(task, ids)})
+            bar.update()
+    bar.close()
 
 
 def warm_up(model: AnySubsetLM, batch: list[InfillTask], sampler: SamplerConfig) -> None:

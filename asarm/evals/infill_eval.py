@@ -3,18 +3,18 @@
 The model is told the true number of tokens of each gap, as in the published protocol (Guo & Ermon 2025).
 """
 
+import json
 from dataclasses import asdict
-
-from tqdm import tqdm
+from pathlib import Path
 
 from ..density import require_memory_for_density
 from ..errors import TextError
 from ..infilling import InfillTask, without_special_tokens
 from ..loading import load
-from ..runlog import append_line, prepare_output_dir, provenance, write_atomic, write_json
+from ..runlog import prepare_output_dir, provenance, write_atomic, write_json
 from ..tokenizer import TextTokenizer
 from .config import CodeInfillConfig, InfillEvalConfig, NlpInfillConfig
-from .decode import decode
+from .decode import record_samplers
 from .metrics import code_similarity, rouge
 from .records import RecordLog, fingerprint
 from .stats import summarise_by_sampler, table
@@ -50,19 +50,16 @@ def evaluate(config: InfillEvalConfig) -> dict:
     origin = provenance()
 
     measure, quality = QUALITY[type(config)]
-    bar = tqdm(total=len(tasks) * len(config.samplers), initial=len(log.records), unit="text", desc="infill")
-    for name in config.samplers:
-        bar.set_postfix_str(name)
-        todo = [task for task in tasks if (name, task.index) not in log.records]
-        sampler = without_special_tokens(config.sampler_config(name), tokenizer)
-        for task, ids, measures in decode(model, todo, sampler, config.seed, config.batch_size):
-            gap = gaps[task.index]
-            completion = fill_gap(tokenizer, task, ids)
-            scores = measure(gap.reference, completion)
-            record = {"sampler": name, "index": task.index, "name": gap.name, **measures, **scores}
-            log.add(record | {"completion": completion, "reference": gap.reference})
-            bar.update()
-    bar.close()
+
+    def describe(task: InfillTask, ids: list[int]) -> dict:
+        gap = gaps[task.index]
+        start, length = task.visible.index(False), task.visible.count(False)
+        completion = tokenizer.decode_gap(ids, range(start, start + length))
+        scores = measure(gap.reference, completion)
+        return {"name": gap.name, **scores, "completion": completion, "reference": gap.reference}
+
+    samplers = {name: without_special_tokens(config.sampler_config(name), tokenizer) for name in config.samplers}
+    record_samplers(model, tasks, samplers, config, log, describe)
     if isinstance(config, CodeInfillConfig):
         write_samples(out, config.samplers, log)
 
@@ -85,20 +82,12 @@ def encode_gap(tokenizer: TextTokenizer, gap: TextGap, index: int) -> InfillTask
     return InfillTask(parts[0] + parts[1] + parts[2], visible, index)
 
 
-def fill_gap(tokenizer: TextTokenizer, task: InfillTask, ids: list[int]) -> str:
-    """The text that ``ids`` hold where the task is masked."""
-    start, length = task.visible.index(False), task.visible.count(False)
-    before = ids[max(start - 1, 0) : start]
-    return tokenizer.decode(before + ids[start : start + length])[len(tokenizer.decode(before)) :]
-
-
-def write_samples(out, samplers: list[str], log: RecordLog) -> None:
+def write_samples(out: Path, samplers: list[str], log: RecordLog) -> None:
     """``samples-SAMPLER.jsonl``: task_id and completion, as the benchmark's own evaluator reads them."""
     for name in samplers:
-        path = out / f"samples-{name}.jsonl"
-        write_atomic(path, "")
-        for record in log.of(name):
-            append_line(path, {"task_id": record["name"], "completion": record["completion"]})
+        samples = [{"task_id": record["name"], "completion": record["completion"]} for record in log.of(name)]
+        text = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+        write_atomic(out / f"samples-{name}.jsonl", text)
 
 
 def report(summary: dict) -> str:

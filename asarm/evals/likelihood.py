@@ -5,12 +5,11 @@ from tqdm import tqdm
 from ..data.packing import pack_all
 from ..data.sources import read_documents
 from ..density import joint_log_prob, require_memory_for_density
-from ..infilling import InfillTask, collate
+from ..infilling import collate
 from ..loading import load
-from ..orders import random_visible
-from ..rng import generator
 from .config import ScoreConfig
 from .stats import mean_and_se
+from .tasks import mask_rows
 
 
 def held_out_likelihood(config: ScoreConfig) -> dict:
@@ -24,10 +23,7 @@ def held_out_likelihood(config: ScoreConfig) -> dict:
     require_memory_for_density(model, config.batch_size, config.max_length)
     table = []
     for fraction in config.masked_fractions:
-        tasks = []
-        for index, row in enumerate(rows):
-            visible_N = random_visible(len(row), 1 - fraction, generator(config.seed, "mask", index))
-            tasks.append(InfillTask(row.tolist(), visible_N.tolist(), index))
+        tasks = mask_rows(rows, 1 - fraction, config.seed)
         total, tokens, per_row = 0.0, 0, []
         for start in tqdm(range(0, len(tasks), config.batch_size), desc=f"{fraction:.0%} masked"):
             ids_BN, order = collate(tasks[start : start + config.batch_size])

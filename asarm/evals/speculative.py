@@ -4,24 +4,19 @@ The same masked sequences, every sampler: network calls, time and likelihood."""
 
 from dataclasses import asdict
 
-from tqdm import tqdm
-
 from ..data.datasets import load_text
 from ..data.packing import pack_all
 from ..density import require_memory_for_density
 from ..errors import DataFileError
 from ..infilling import InfillTask
 from ..loading import load
-from ..model import AnySubsetLM
-from ..orders import random_visible
-from ..rng import generator
 from ..runlog import prepare_output_dir, provenance, write_json
-from ..tokenizer import TextTokenizer
 from .config import SpeculativeConfig
-from .decode import decode
+from .decode import record_samplers
 from .metrics import token_entropy
 from .records import RecordLog, fingerprint
 from .stats import summarise_by_sampler, table
+from .tasks import mask_rows
 
 MEASURES = {
     "nfe_per_token": lambda r: r["nfe"] / r["masked"],
@@ -51,12 +46,12 @@ def evaluate(config: SpeculativeConfig) -> dict:
     identity = {"text": text, "tasks": fingerprint(tasks), "weights": model.fingerprint()}
     log = RecordLog(out, asdict(config), identity)
     origin = provenance()
-    bar = tqdm(total=len(tasks) * len(config.samplers), initial=len(log.records), unit="seq", desc="speculative")
-    for name in config.samplers:
-        bar.set_postfix_str(name)
-        todo = [task for task in tasks if (name, task.index) not in log.records]
-        run_sampler(config, name, model, tokenizer, todo, log, bar)
-    bar.close()
+
+    def describe(task: InfillTask, ids: list[int]) -> dict:
+        return {"entropy": token_entropy(ids), "text": tokenizer.decode(ids)}
+
+    samplers = {name: config.sampler_config(name) for name in config.samplers}
+    record_samplers(model, tasks, samplers, config, log, describe)
     rows = summarise_by_sampler({name: log.of(name) for name in config.samplers}, MEASURES)
     summary = {
         "samplers": {name: row | {"judge_ppl": None} for name, row in rows.items()},
@@ -77,27 +72,7 @@ def masked_sequences(config: SpeculativeConfig, rows: list) -> list[InfillTask]:
             f"the text makes {len(full)} sequences of {config.max_length} tokens and num_sequences is "
             f"{config.num_sequences}; give more text, or a smaller --num_sequences or --max_length"
         )
-    tasks = []
-    for index, row in enumerate(full[: config.num_sequences]):
-        visible_N = random_visible(len(row), config.visible_fraction, generator(config.seed, "mask", index))
-        tasks.append(InfillTask(row.tolist(), visible_N.tolist(), index))
-    return tasks
-
-
-def run_sampler(
-    config: SpeculativeConfig,
-    name: str,
-    model: AnySubsetLM,
-    tokenizer: TextTokenizer,
-    tasks: list[InfillTask],
-    log: RecordLog,
-    bar: tqdm,
-) -> None:
-    """Decode ``tasks`` and record each sequence."""
-    for task, ids, measures in decode(model, tasks, config.sampler_config(name), config.seed, config.batch_size):
-        text = tokenizer.decode(ids)
-        log.add({"sampler": name, "index": task.index, **measures, "entropy": token_entropy(ids), "text": text})
-        bar.update()
+    return mask_rows(full[: config.num_sequences], config.visible_fraction, config.seed)
 
 
 def report(summary: dict) -> str:

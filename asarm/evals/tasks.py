@@ -1,4 +1,4 @@
-"""Infilling benchmarks as texts with one gap and the text that was there."""
+"""What the evaluations fill in: packed rows with a random subset masked, and texts with one gap."""
 
 import csv
 import gzip
@@ -9,13 +9,27 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from ..data.datasets import SAMPLES
 from ..data.sources import read_documents, resolve_path
 from ..errors import DataFileError
+from ..infilling import InfillTask
+from ..orders import random_visible
+from ..rng import generator
 from .config import CODE_BENCHMARKS, CodeInfillConfig, NlpInfillConfig
 
 ROCSTORIES = "eval/rocstories/cloze_test_val__spring2016.csv"
 SENTENCE_END = re.compile(r"(?<=[.!?])[\"']?\s+(?=\S)")
+
+
+def mask_rows(rows: list[np.ndarray], visible_fraction: float, seed: int) -> list[InfillTask]:
+    """Packed rows as tasks, each with its own random visible subset."""
+    tasks = []
+    for index, row in enumerate(rows):
+        visible_N = random_visible(len(row), visible_fraction, generator(seed, "mask", index))
+        tasks.append(InfillTask(row.tolist(), visible_N.tolist(), index))
+    return tasks
 
 
 @dataclass(frozen=True)

@@ -104,8 +104,9 @@ def _steps(config: TrainConfig, out: Path, model, optimizer, rows: PackedRows, s
     bar = tqdm(total=o.steps, initial=start, unit="step", desc="train", smoothing=0.05)
     clock, clock_step = time.perf_counter(), start
     for step in range(start, o.steps):
+        lr = o.lr * lr_factor(step, o)
         for group in optimizer.param_groups:
-            group["lr"] = o.lr * lr_factor(step, o)
+            group["lr"] = lr
         batch = step_batch(rows, step, n_rows, config.masking, config.seed)
         loss = accumulate_gradients(model, batch, o.rows_per_pass, o.precision)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), o.grad_clip).item()
@@ -120,7 +121,7 @@ def _steps(config: TrainConfig, out: Path, model, optimizer, rows: PackedRows, s
                 "step": done,
                 "loss": loss,
                 "grad_norm": grad_norm,
-                "lr": o.lr * lr_factor(step, o),
+                "lr": lr,
                 "masking_low": low,
                 "masking_high": high,
                 "tokens_per_second": (done - clock_step) * n_rows * rows.max_length / seconds,
