@@ -1,33 +1,41 @@
-"""Keys and values in slots by position.
+"""Keys and values in slots by rank.
 
-A token's keys and values are written at its position. Nothing is ever rolled back: a rejected draft's slot has a rank
-that no limit reaches until the position is settled, and then it is overwritten. Slot N is scratch space for the rows
-that only fill a ragged batch; attention never reads it.
+A token's keys and values are written at its rank in the decoding order, so that what a row may see is always a prefix
+of the slots: attention need not read further than the furthest limit of a call. Nothing is ever rolled back: a
+rejected draft's slot is reached by no limit until its rank is settled, and then it is overwritten. Slot N is scratch
+space for the rows that only fill a ragged batch; attention never reads it.
 
 The cache is exact, because a token's content row depends only on the prompt and on tokens of lower rank, which never
 change once settled.
 """
 
 import torch
+from transformers import XLNetConfig
 
 
 class SlotCache:
-    """Preallocated slots for ``batch`` sequences of ``length`` positions, for every layer of ``model``.
+    """Preallocated slots for ``batch`` sequences of ``length`` positions, for every layer."""
 
-    Also holds each layer's relative-position keys, which depend on the length alone.
-    """
-
-    def __init__(self, model, batch: int, length: int):
-        config = model.config
+    def __init__(self, config: XLNetConfig, batch: int, length: int, dtype: torch.dtype, device: torch.device):
         shape = (config.n_layer, batch, config.n_head, length + 1, config.d_head)
-        self.key_LBHSD = torch.zeros(shape, dtype=model.dtype, device=model.device)
-        self.value_LBHSD = torch.zeros(shape, dtype=model.dtype, device=model.device)
-        self.relative_key_LHPD = model.relative_keys(length)
+        self.key_LBHSD, self.value_LBHSD = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+        self.every_B = torch.arange(batch, device=device)
         self.length = length
 
-    def write(self, layer: int, position_BC: torch.Tensor, key_BHCD: torch.Tensor, value_BHCD: torch.Tensor):
-        """Store content rows at their positions and return all N slots of the layer."""
-        index_BHCD = position_BC[:, None, :, None].expand_as(key_BHCD)
-        self.key_LBHSD[layer].scatter_(2, index_BHCD, key_BHCD.to(self.key_LBHSD.dtype))
-        self.value_LBHSD[layer].scatter_(2, index_BHCD, value_BHCD.to(self.value_LBHSD.dtype))
-        return self.key_LBHSD[layer, :, :, : self.length], self.value_LBHSD[layer, :, :, : self.length]
+    def write(
+        self,
+        layer: int,
+        sequence_B: torch.Tensor,
+        rank_BC: torch.Tensor,
+        key_BCHD: torch.Tensor,
+        value_BCHD: torch.Tensor,
+    ) -> None:
+        """Store the content rows of the sequences ``sequence_B`` at their ranks."""
+        slots = (sequence_B[:, None], rank_BC)
+        self.key_LBHSD[layer].transpose(1, 2)[slots] = key_BCHD
+        self.value_LBHSD[layer].transpose(1, 2)[slots] = value_BCHD
+
+    def read(self, layer: int, sequence_B: torch.Tensor, n_slots: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [B, H, S, D] of the sequences' first ``n_slots`` slots: views where all are asked for."""
+        rows = slice(None) if sequence_B is self.every_B else sequence_B
+        return self.key_LBHSD[layer, rows, :, :n_slots], self.value_LBHSD[layer, rows, :, :n_slots]

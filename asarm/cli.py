@@ -34,7 +34,7 @@ def run_infill(config: InfillConfig) -> None:
     text = _text(config.text)
     require_gap(text)
     model, tokenizer = load(config.model, config.revision, config.tokenizer)
-    texts = infill(model, tokenizer, text, config.sampler_config(), config.num_samples, config.seed)
+    texts = infill(model, tokenizer, text, config.sampler_config(config.sampler), config.num_samples, config.seed)
     if config.json:
         print(json.dumps(asdict(config) | {"text": text, "infills": texts}, ensure_ascii=False))
     else:

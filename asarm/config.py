@@ -4,12 +4,13 @@ line. Those of the other commands are in :mod:`asarm.evals.config`.
 Imports nothing heavy, so that ``--help`` answers at once. Ranges are checked when a section is made.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .errors import ConfigError
 
 SAMPLERS = ("sequential", "assd", "assd-ngram", "parallel")
 ONE_PASS = "+one-pass"
+ONE_PASS_SAMPLERS = ("assd",)
 
 
 def require(ok: bool, name: str, value: object, rule: str) -> None:
@@ -27,33 +28,69 @@ class SamplerConfig:
         k: tokens drafted a round (assd, assd-ngram) or drawn a call (parallel).
         temperature: of the distribution that is sampled from, above 0.
         greedy: always the most likely token.
+        top_k: draw only from so many most likely tokens.
+        top_p: draw only from the fewest tokens that hold this share of the probability.
         bonus_token: after k accepted drafts, draw one more from the verification pass.
-        one_pass: draft in the pass that verifies the drafts before, one call a round (assd only).
+        one_pass: draft in the pass that verifies the drafts before, one call a round (assd only; default: on a GPU,
+            where a call's time hardly depends on its rows, and not on a CPU, where it does).
+        draft_only_temperature: the temperature shapes only the drafts after the first; the law is that of temperature 1
+            (an ablation of Guo & Ermon 2025).
+        accept_slack: added to the probability of keeping a draft; above 0 the law is lost (an ablation of Guo & Ermon
+            2025).
         banned_ids: token ids that are never drawn; the mask token always is one.
+        compile: run the network through torch.compile (CUDA graphs on a GPU); pays for itself in long runs.
     """
 
     name: str = "assd"
     k: int = 5
     temperature: float = 1.0
     greedy: bool = False
+    top_k: int | None = None
+    top_p: float | None = None
     bonus_token: bool = True
-    one_pass: bool = False
+    one_pass: bool | None = None
+    draft_only_temperature: bool = False
+    accept_slack: float = 0.0
     banned_ids: tuple[int, ...] = ()
+    compile: bool = False
 
     def __post_init__(self):
         require(self.name in SAMPLERS, "sampler", self.name, f"one of {', '.join(SAMPLERS)}")
         require(self.k >= 1, "k", self.k, "at least 1")
         require(self.temperature > 0, "temperature", self.temperature, "above 0 (for the most likely token use greedy)")
-        require(not self.one_pass or self.name == "assd", "one_pass", self.name, "used with the sampler assd")
+        require(self.top_k is None or self.top_k >= 1, "top_k", self.top_k, "at least 1")
+        require(self.top_p is None or 0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]")
+        require(not self.one_pass or self.name in ONE_PASS_SAMPLERS, "one_pass", self.name, "used with assd")
         require(
             not self.one_pass or self.bonus_token, "bonus_token", False, "true with one_pass, which always draws it"
         )
+        drafts = self.name.startswith("assd")
+        require(drafts or not self.draft_only_temperature, "draft_only_temperature", self.name, "used with assd")
+        require(self.accept_slack >= 0, "accept_slack", self.accept_slack, "0 or more")
+        require(drafts or not self.accept_slack, "accept_slack", self.name, "used with assd")
 
     @classmethod
-    def named(cls, name: str, **settings) -> "SamplerConfig":
+    def named(cls, name: str, one_pass: bool | None = False, **settings) -> "SamplerConfig":
         """From a name as in the evaluations' tables, where one-pass forms end in ``+one-pass``."""
         base = name.removesuffix(ONE_PASS)
-        return cls(base, one_pass=base != name, **settings)
+        return cls(base, one_pass=True if base != name else one_pass, **settings)
+
+    @property
+    def full_name(self) -> str:
+        """The name in the evaluations' tables."""
+        return self.name + ONE_PASS * bool(self.one_pass)
+
+    @property
+    def lossless(self) -> bool:
+        """Whether what is drawn has the model's law."""
+        return self.name != "parallel" and self.accept_slack == 0
+
+    def on(self, device_type: str) -> "SamplerConfig":
+        """With ``one_pass`` settled for a kind of device (``cuda``, ``cpu``)."""
+        if self.one_pass is not None:
+            return self
+        able = self.name in ONE_PASS_SAMPLERS and self.bonus_token
+        return replace(self, one_pass=able and device_type == "cuda")
 
 
 @dataclass(frozen=True)

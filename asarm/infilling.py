@@ -14,7 +14,7 @@ from .sampling.decoding import Completion
 from .sampling.sample import sample
 from .tokenizer import GAP, MaskedText, TextTokenizer
 
-BATCH_SIZE = 16  # samples of one text that are drawn together
+BATCH_SIZE = 16  # samples that are drawn together
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ def collate(tasks: list[InfillTask]) -> tuple[torch.Tensor, Order]:
 
 
 def complete(model: AnySubsetLM, tasks: list[InfillTask], config: SamplerConfig, seed: int) -> Completion:
-    """Sample one batch of tasks."""
+    """Sample tasks, a batch at a time."""
     ids_BN, order = collate(tasks)
-    return sample(model, ids_BN, order, config, seed=seed, indices=[t.index for t in tasks])
+    return sample(model, ids_BN, order, config, seed, [t.index for t in tasks], BATCH_SIZE)
 
 
 def infill(
@@ -60,10 +60,7 @@ def infill(
     masked = tokenizer.encode_masked(text)
     config = without_special_tokens(config or SamplerConfig(), tokenizer)
     tasks = [InfillTask(masked.ids, masked.visible, index) for index in range(num_samples)]
-    batches = (tasks[i : i + BATCH_SIZE] for i in range(0, num_samples, BATCH_SIZE))
-    return [
-        tokenizer.fill(masked, ids) for batch in batches for ids in complete(model, batch, config, seed).ids_BN.tolist()
-    ]
+    return [tokenizer.fill(masked, ids) for ids in complete(model, tasks, config, seed).ids_BN.tolist()]
 
 
 def without_special_tokens(config: SamplerConfig, tokenizer: TextTokenizer) -> SamplerConfig:

@@ -6,6 +6,7 @@ float32 is measurably biased.
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -14,11 +15,15 @@ from .errors import ConfigError
 
 @dataclass(frozen=True)
 class Law:
-    """Temperature, banned token ids, and greedy choice (all mass on the most likely token)."""
+    """Temperature, banned token ids, greedy choice (all mass on the most likely token), and truncation: the ``top_k``
+    most likely tokens, or the fewest that hold a share ``top_p`` of the mass (the nucleus), of those the others leave.
+    """
 
     temperature: float = 1.0
     banned_ids: tuple[int, ...] = ()
     greedy: bool = False
+    top_k: int | None = None
+    top_p: float | None = None
 
     def __post_init__(self):
         if not self.temperature > 0:
@@ -27,18 +32,36 @@ class Law:
             )
 
     def log_probs(self, logits: torch.Tensor) -> torch.Tensor:
-        """Log-probabilities [..., V] in float64 (-inf where banned)."""
+        """Log-probabilities [..., V] in float64 (-inf where banned or cut off)."""
         scaled = logits.double() / self.temperature
         if self.banned_ids:
-            scaled[..., list(self.banned_ids)] = -torch.inf
+            scaled = scaled.index_fill(-1, _ids_on(logits.device, self.banned_ids), -torch.inf)
         if self.greedy:
             best = scaled.argmax(-1, keepdim=True)
             return torch.full_like(scaled, -torch.inf).scatter_(-1, best, 0.0)
+        if self.top_k is not None and self.top_k < scaled.shape[-1]:
+            least = scaled.topk(self.top_k, dim=-1).values[..., -1:]
+            scaled = scaled.masked_fill(scaled < least, -torch.inf)
+        if self.top_p is not None:
+            scaled = scaled.masked_fill(_outside_nucleus(scaled, self.top_p), -torch.inf)
         return torch.log_softmax(scaled, dim=-1)
 
     def probs(self, logits: torch.Tensor) -> torch.Tensor:
         """Probabilities [..., V] in float64."""
         return self.log_probs(logits).exp()
+
+
+@cache
+def _ids_on(device: torch.device, ids: tuple[int, ...]) -> torch.Tensor:
+    """Token ids as a tensor, made once: a copy to the device in every call would stall it."""
+    return torch.tensor(ids, device=device)
+
+
+def _outside_nucleus(scaled: torch.Tensor, top_p: float) -> torch.Tensor:
+    """True for the tokens [..., V] that the likelier ones make superfluous: those hold ``top_p`` already."""
+    prob, token = torch.softmax(scaled, dim=-1).sort(dim=-1, descending=True, stable=True)
+    superfluous = prob.cumsum(-1) - prob >= top_p
+    return torch.zeros_like(superfluous).scatter_(-1, token, superfluous)
 
 
 def draw(weight: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:

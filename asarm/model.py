@@ -3,7 +3,7 @@
 The network of XLNet (two-stream attention, relative positions) with the parameter names of Hugging Face's
 ``XLNetLMHeadModel``: any XLNet checkpoint loads here and any checkpoint of ours loads there. What differs is the
 interface: instead of a permutation mask over a whole sequence, a call computes the *rows* it is asked for (see
-:mod:`asarm.orders`), against a cache where there is one.
+:mod:`asarm.orders`).
 """
 
 import hashlib
@@ -20,7 +20,6 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 
 from .attention import RelativeAttention, relative_encoding
-from .cache import SlotCache
 from .embedded import embedded_models, resolve_model
 from .errors import CheckpointMismatchError, ConfigError, ModelNotFoundError, reason
 from .orders import may_attend
@@ -57,6 +56,14 @@ class Trunk(nn.Module):
         self.word_embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.mask_emb = nn.Parameter(torch.empty(1, 1, config.d_model))
         self.layer = nn.ModuleList(Layer(config) for _ in range(config.n_layer))
+        self.clamp_len, self.dropout = config.clamp_len, config.dropout
+
+    def relative_keys(self, length: int) -> torch.Tensor:
+        """Each layer's relative-position keys for sequences of ``length``, [L, H, 2N-1, D]."""
+        weight = self.word_embedding.weight
+        encoding_PE = relative_encoding(length, weight.shape[1], self.clamp_len, weight.device)
+        encoding_PE = F.dropout(encoding_PE.to(weight.dtype), self.dropout, self.training)
+        return torch.stack([layer.rel_attn.relative_key(encoding_PE) for layer in self.layer])
 
 
 class AnySubsetLM(PreTrainedModel):
@@ -115,43 +122,26 @@ class AnySubsetLM(PreTrainedModel):
             digest.update(parameter.detach().cpu().float().numpy().tobytes())
         return digest.hexdigest()[:16]
 
-    def relative_keys(self, length: int) -> torch.Tensor:
-        """Each layer's relative-position keys for sequences of ``length``, [L, H, 2N-1, D]."""
-        encoding_PE = relative_encoding(length, self.config.d_model, self.config.clamp_len, self.device)
-        encoding_PE = F.dropout(encoding_PE.to(self.dtype), self.config.dropout, self.training)
-        return torch.stack([layer.rel_attn.relative_key(encoding_PE) for layer in self.transformer.layer])
-
     def forward(
-        self,
-        ids_BC: torch.Tensor,
-        position_BR: torch.Tensor,
-        limit_BR: torch.Tensor,
-        rank_BN: torch.Tensor,
-        cache: SlotCache | None = None,
+        self, ids_BN: torch.Tensor, position_BR: torch.Tensor, limit_BR: torch.Tensor, rank_BN: torch.Tensor
     ) -> torch.Tensor:
         """Hidden states [B, Q, E] of the query rows.
 
-        The first C rows are content rows and carry ``ids_BC``; the remaining Q = R - C are query rows. Row r sits at
-        ``position_BR`` and sees every slot whose ``rank_BN`` is below its ``limit_BR``; one that sees nothing has
-        zero attention output. With a ``cache``, content rows are written to its slots and rows attend to all of them;
-        without one, the content rows must be all N positions in order.
+        The first N rows are content rows, one for each position in order, and carry ``ids_BN``; the remaining Q = R - N
+        are query rows. Row r sits at ``position_BR`` and sees every token whose ``rank_BN`` is below its ``limit_BR``;
+        one that sees nothing has zero attention output. (Decoding calls the network through :mod:`asarm.engine`.)
         """
-        C, N = ids_BC.shape[1], rank_BN.shape[1]
-        if cache is None and C != N:
-            raise ConfigError(f"without a cache a call needs all {N} content rows in order, got {C}")
+        B, N = ids_BN.shape
         may_BRN = may_attend(rank_BN, limit_BR)
         shift_BR = N - 1 - position_BR.clamp(max=N - 1)
-        relative_LHPD = self.relative_keys(N) if cache is None else cache.relative_key_LHPD
+        relative_LHPD = self.transformer.relative_keys(N)
 
-        content_BCE = self.transformer.word_embedding(ids_BC)
-        query_BQE = self.transformer.mask_emb.expand(ids_BC.shape[0], position_BR.shape[1] - C, -1)
-        x_BRE = self._drop(torch.cat([content_BCE, query_BQE], dim=1))
+        query_BQE = self.transformer.mask_emb.expand(B, position_BR.shape[1] - N, -1)
+        x_BRE = self._drop(torch.cat([self.transformer.word_embedding(ids_BN), query_BQE], dim=1))
         for index, layer in enumerate(self.transformer.layer):
-            key_BHND, value_BHND = layer.rel_attn.key_value(x_BRE[:, :C])
-            if cache is not None:
-                key_BHND, value_BHND = cache.write(index, position_BR[:, :C], key_BHND, value_BHND)
+            key_BHND, value_BHND = layer.rel_attn.key_value(x_BRE[:, :N])
             if index == self.config.n_layer - 1:  # nothing reads the content rows' last hidden states
-                x_BRE, may_BRN, shift_BR = x_BRE[:, C:], may_BRN[:, C:], shift_BR[:, C:]
+                x_BRE, may_BRN, shift_BR = x_BRE[:, N:], may_BRN[:, N:], shift_BR[:, N:]
             x_BRE = layer.rel_attn(x_BRE, key_BHND, value_BHND, relative_LHPD[index], may_BRN, shift_BR)
             x_BRE = layer.ff(x_BRE)
         return self._drop(x_BRE)

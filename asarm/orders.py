@@ -110,7 +110,7 @@ def may_attend(rank_BN: torch.Tensor, limit_BR: torch.Tensor) -> torch.Tensor:
 class Rows:
     """Positions and limits of the rows of one call; ``valid_BR`` is False for the rows that only fill a ragged batch.
 
-    An invalid row has position N (one past the last slot: the cache keeps a scratch slot there) and limit 0.
+    An invalid row has position and rank N (one past the last: the cache keeps a scratch slot there) and limit 0.
     """
 
     position_BR: torch.Tensor
@@ -121,6 +121,11 @@ class Rows:
     def followed_by(self, other: "Rows") -> "Rows":
         """These rows and then those of ``other``."""
         return Rows(*(torch.cat([vars(self)[name], vars(other)[name]], dim=1) for name in vars(self)))
+
+    def without(self, sequence_B: torch.Tensor, length: int) -> "Rows":
+        """These rows, those of the given sequences (of ``length`` positions) made invalid."""
+        invalid = {"position_BR": length, "limit_BR": 0, "valid_BR": False, "rank_BR": length}
+        return Rows(**{name: vars(self)[name].index_fill(0, sequence_B, value) for name, value in invalid.items()})
 
     def at(self, index_B: torch.Tensor) -> "Rows":
         """Row ``index_B`` of each sequence, as rows of width one."""
@@ -136,7 +141,7 @@ def rows_with_limit(order: Order, rank_BR: torch.Tensor, limit_BR: torch.Tensor,
         position_BR=torch.where(valid_BR, position_BR, N),
         limit_BR=torch.where(valid_BR, limit_BR, 0),
         valid_BR=valid_BR,
-        rank_BR=rank_BR,
+        rank_BR=torch.where(valid_BR, rank_BR, N),
     )
 
 

@@ -1,14 +1,15 @@
 """Rung 2: who sees whom, against loops; nothing leaks."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import make_model, random_batch
 
 from asarm.attention import masked_softmax, relative_shift
-from asarm.cache import SlotCache
 from asarm.density import target_states
+from asarm.engine import engine_of
 from asarm.orders import Order, content_limit, may_attend, rows_at_ranks
 
 
@@ -76,16 +77,17 @@ def test_cached_calls_see_no_rejected_draft():
     n_B = order.n_visible_B
 
     def query_after(drafts_BK):
-        cache = SlotCache(model, 3, 7)
+        engine = engine_of(model)
+        cache = engine.new_cache(3, 7)
         prompt = rows_at_ranks(order, torch.zeros_like(n_B), n_B, int(n_B.max()))
+        prompt = replace(prompt, limit_BR=torch.where(prompt.valid_BR, n_B[:, None], 0))
         padded_BS = torch.cat([ids_BN, ids_BN[:, :1]], dim=1)
-        rows = rows_at_ranks(order, n_B, order.length_B, 2)
-        limit = torch.where(prompt.valid_BR, n_B[:, None], 0)
-        model(padded_BS.gather(1, prompt.position_BR), prompt.position_BR, limit, order.rank_BN, cache)
+        engine.prefill(padded_BS.gather(1, prompt.position_BR), prompt, order.order_BN, cache, torch.arange(3))
         if drafts_BK is not None:
-            model(drafts_BK, rows.position_BR, rows.limit_BR + rows.valid_BR, order.rank_BN, cache)
-        first = rows_at_ranks(order, n_B, n_B + 1, 1)
-        return model(ids_BN[:, :0], first.position_BR, first.limit_BR, order.rank_BN, cache)
+            rows = rows_at_ranks(order, n_B, order.length_B, 2)
+            rows = replace(rows, limit_BR=rows.limit_BR + rows.valid_BR)
+            engine(drafts_BK, rows, order.order_BN, cache, 7)
+        return engine(ids_BN[:, :0], rows_at_ranks(order, n_B, n_B + 1, 1), order.order_BN, cache, 7)
 
     with torch.no_grad():
         clean = query_after(None)

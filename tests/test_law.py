@@ -74,9 +74,7 @@ SAMPLERS = [
 
 
 @pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS.keys())
-@pytest.mark.parametrize(
-    "config", SAMPLERS, ids=lambda c: f"{c.name}-k{c.k}{'-one-pass' * c.one_pass}{'-no-bonus' * (not c.bonus_token)}"
-)
+@pytest.mark.parametrize("config", SAMPLERS, ids=lambda c: f"{c.full_name}-k{c.k}{'-no-bonus' * (not c.bonus_token)}")
 def test_sampler_has_the_law_of_the_model(model, config, prompt):
     assert p_value(model, prompt, config, enumerated(model, prompt)) > FALSE_ALARM
 

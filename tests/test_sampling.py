@@ -9,6 +9,9 @@ from asarm.density import target_states
 from asarm.errors import ConfigError, MemoryBudgetError
 from asarm.law import draw
 from asarm.rng import rank_uniforms
+from asarm.sampling.decoding import Decoding
+from asarm.sampling.drafts import bigram_draft
+from asarm.sampling.sequential import sequential_round
 
 EXACT = [
     ("sequential", 1),
@@ -117,24 +120,31 @@ def test_different_seeds_and_indices_give_different_text(model):
     assert torch.equal(first, sample(model, ids_BN, order, seed=1).ids_BN)
 
 
-def test_the_bigram_draft_follows_the_context_and_backs_off():
-    from asarm.sampling.decoding import Decoding
-    from asarm.sampling.drafts import bigram_draft
+@torch.no_grad()
+def first_bigram_draft(model, ids_BN, order, k):
+    drafts = []
 
+    def play_round(state):
+        drafts.append(bigram_draft(state))
+        sequential_round(state)
+
+    list(Decoding(model, ids_BN, order, SamplerConfig("assd-ngram", k), 0, [0], 1).run(play_round))
+    return drafts[0]
+
+
+def test_the_bigram_draft_follows_the_context_and_backs_off():
     model = make_model(vocab_size=V)
     ids_BN = torch.tensor([[1, 2, 3, 1, 2, 0, 0, 0]])
-    order = Order.from_visible(torch.arange(8)[None] < 5)
-    state = Decoding(model, ids_BN, order, SamplerConfig("assd-ngram", 3), 0, [0])
-    draft = bigram_draft(state)
+    draft = first_bigram_draft(model, ids_BN, Order.from_visible(torch.arange(8)[None] < 5), 3)
     assert draft.ids_BK.tolist() == [[3, 1, 2]]  # each left neighbour has one successor in the context
     assert draft.probs_BKV[0, 0, 3] == draft.probs_BKV[0, 1, 1] == 1
 
     lone = Order.from_visible(torch.tensor([[True, False, False]]))
-    state = Decoding(model, torch.tensor([[4, 0, 0]]), lone, SamplerConfig("assd-ngram", 2), 0, [0])
-    assert bigram_draft(state).probs_BKV[0, 0].tolist() == [float(v == 4) for v in range(V)]  # unigram back-off
+    draft = first_bigram_draft(model, torch.tensor([[4, 0, 0]]), lone, 2)
+    assert draft.probs_BKV[0, 0].tolist() == [float(v == 4) for v in range(V)]  # unigram back-off
     nothing = Order.from_visible(torch.zeros(1, 3, dtype=torch.bool))
-    state = Decoding(model, torch.zeros(1, 3, dtype=torch.long), nothing, SamplerConfig("assd-ngram", 2), 0, [0])
-    assert bigram_draft(state).probs_BKV[0, 0].tolist() == pytest.approx([0.0] + [1 / (V - 1)] * (V - 1))
+    draft = first_bigram_draft(model, torch.zeros(1, 3, dtype=torch.long), nothing, 2)
+    assert draft.probs_BKV[0, 0].tolist() == pytest.approx([0.0] + [1 / (V - 1)] * (V - 1))
 
 
 @pytest.mark.parametrize(

@@ -32,33 +32,53 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class InfillConfig(ModelConfig):
+class SamplingConfig(ModelConfig):
+    """What every command that samples has.
+
+    Args:
+        k: tokens drafted a round (drawn a call, for parallel).
+        temperature: above 0.
+        greedy: always the most likely token.
+        top_k: draw only from so many most likely tokens.
+        top_p: draw only from the fewest tokens that hold this share of the probability.
+        compile: run the network through torch.compile (CUDA graphs on a GPU).
+    """
+
+    k: int = 5
+    temperature: float = 1.0
+    greedy: bool = False
+    top_k: int | None = None
+    top_p: float | None = None
+    compile: bool = False
+
+    def sampler_config(self, name: str, **settings) -> SamplerConfig:
+        keys = ("k", "temperature", "greedy", "top_k", "top_p", "compile")
+        return SamplerConfig.named(name, **({key: getattr(self, key) for key in keys} | settings))
+
+
+@dataclass(frozen=True, kw_only=True)
+class InfillConfig(SamplingConfig):
     """Fill the gaps of a text.
 
     Args:
         text: with <mask> (one token) and <mask:n> (n tokens) where something is to be filled in; - reads standard
             input.
-        sampler: sequential, assd, assd+one-pass, assd-ngram or parallel (biased).
-        k: tokens drafted a round.
-        temperature: above 0.
-        greedy: always the most likely token.
+        sampler: sequential, assd, assd+one-pass, assd-ngram or parallel (biased); assd is one-pass where that is
+            faster.
         num_samples: how many fillings.
     """
 
     text: str
     sampler: str = "assd"
-    k: int = 5
-    temperature: float = 1.0
-    greedy: bool = False
     num_samples: int = 1
 
     def __post_init__(self):
         super().__post_init__()
         require(self.num_samples >= 1, "num_samples", self.num_samples, "at least 1")
-        self.sampler_config()
+        self.sampler_config(self.sampler)
 
-    def sampler_config(self) -> SamplerConfig:
-        return SamplerConfig.named(self.sampler, k=self.k, temperature=self.temperature, greedy=self.greedy)
+    def sampler_config(self, name: str, **settings) -> SamplerConfig:
+        return super().sampler_config(name, one_pass=None, **settings)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,26 +116,24 @@ class ScoreConfig(ModelConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecodingConfig(ModelConfig):
+class DecodingConfig(SamplingConfig):
     """What every evaluation that samples has.
 
     Args:
         output_dir: receives config.yaml, records.jsonl and summary.json; a run that was stopped goes on there.
         samplers: sequential, assd, assd+one-pass, assd-ngram, parallel (biased).
-        k: tokens drafted a round (drawn a call, for parallel).
-        temperature: above 0.
-        greedy: always the most likely token.
         bonus_token: one more token after k accepted drafts (one-pass forms always draw it).
-        batch_size: sequences decoded together; seconds per sequence are a batch's divided by it.
+        draft_only_temperature: the temperature shapes only drafts (assd forms); the law is that of temperature 1.
+        accept_slack: added to the probability of keeping a draft (assd forms); above 0 the law is lost.
+        batch_size: sequences decoded together; one that finishes makes room for the next.
         dtype: float32 or bfloat16.
     """
 
     output_dir: str
     samplers: list[str] = field(default_factory=lambda: ["assd"], metadata=WORDS)
-    k: int = 5
-    temperature: float = 1.0
-    greedy: bool = False
     bonus_token: bool = True
+    draft_only_temperature: bool = False
+    accept_slack: float = 0.0
     batch_size: int = 8
     dtype: str = "float32"
 
@@ -128,11 +146,13 @@ class DecodingConfig(ModelConfig):
         for name in self.samplers:
             self.sampler_config(name)
 
-    def sampler_config(self, name: str) -> SamplerConfig:
-        bonus_token = self.bonus_token or name.endswith(ONE_PASS)
-        return SamplerConfig.named(
-            name, k=self.k, temperature=self.temperature, greedy=self.greedy, bonus_token=bonus_token
-        )
+    def sampler_config(self, name: str, **settings) -> SamplerConfig:
+        if name.startswith("assd"):
+            settings["draft_only_temperature"] = self.draft_only_temperature
+            settings["accept_slack"] = self.accept_slack
+        elif self.draft_only_temperature:
+            settings["temperature"] = 1.0
+        return super().sampler_config(name, bonus_token=self.bonus_token or name.endswith(ONE_PASS), **settings)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,5 @@
-"""Masked sequences through a sampler, batch by batch, with what each cost and how likely it is."""
+"""Masked sequences through a sampler, with what each cost and how likely it is."""
 
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -11,8 +10,9 @@ from ..config import SamplerConfig
 from ..density import joint_log_prob
 from ..infilling import InfillTask, collate
 from ..model import AnySubsetLM
-from ..sampling.decoding import Completion, law_of
-from ..sampling.sample import sample
+from ..orders import Order
+from ..sampling.decoding import law_of
+from ..sampling.sample import sample, sample_each
 from .config import DecodingConfig
 from .records import RecordLog
 
@@ -23,33 +23,42 @@ WARM_UP_TOKENS = 8
 def decode(
     model: AnySubsetLM, tasks: list[InfillTask], sampler: SamplerConfig, seed: int, batch_size: int
 ) -> Iterator[tuple[InfillTask, list[int], dict]]:
-    """Yield each task with the ids drawn for it and its measures.
+    """Yield each task, as it is finished, with the ids drawn for it and its measures.
 
-    The measures are the counts of :class:`Completion`, ``tokens``, ``masked``, ``seconds`` (its batch's, synchronised
-    and after a warm-up, divided by the batch's size) and ``log_prob`` (nats, joint, under the model's law at the
-    sampler's temperature).
+    The measures are the counts of :class:`Completion`, ``tokens``, ``masked``, ``seconds`` (its share of the wall
+    clock, after a warm-up), ``log_prob`` (nats, joint, under the model's law at the sampler's temperature, computed
+    anew by the density) and ``lossless`` (whether the sampler keeps that law).
     """
-    law = law_of(model, replace(sampler, greedy=False))  # a greedy law gives its one sequence probability 1
-    for start in range(0, len(tasks), batch_size):
-        batch = tasks[start : start + batch_size]
-        ids_BN, order = collate(batch)
-        if start == 0:
-            warm_up(model, batch, sampler)
-        seconds, done = timed(model, ids_BN, order, sampler, seed, [task.index for task in batch])
-        logp_B = joint_log_prob(model, done.ids_BN, order, law).tolist()
-        counts = {key: getattr(done, f"{key}_B").tolist() for key in COUNTS}
-        for b, (task, ids) in enumerate(zip(batch, done.ids_BN.tolist(), strict=True)):
-            yield (
-                task,
-                ids[: len(task.ids)],
-                {
-                    "tokens": len(task.ids),
-                    "masked": task.visible.count(False),
-                    **{key: counts[key][b] for key in COUNTS},
-                    "seconds": seconds / len(batch),
-                    "log_prob": logp_B[b],
-                },
-            )
+    if not tasks:
+        return
+    ids_TN, order = collate(tasks)
+    indices = [task.index for task in tasks]
+    warm_up(model, ids_TN, order, sampler, batch_size)
+    finished = []
+    for rows, done in sample_each(model, ids_TN, order, sampler, seed, indices, batch_size):
+        seconds, counts = done.seconds_B.tolist(), {key: getattr(done, f"{key}_B").tolist() for key in COUNTS}
+        for b, (row, ids) in enumerate(zip(rows, done.ids_BN.tolist(), strict=True)):
+            measures = {key: counts[key][b] for key in COUNTS} | {"seconds": seconds[b]}
+            finished.append((tasks[row], ids[: len(tasks[row].ids)], measures))
+        if len(finished) >= batch_size:
+            yield from _scored(model, finished, sampler)
+            finished = []
+    yield from _scored(model, finished, sampler)
+
+
+def _scored(
+    model: AnySubsetLM, finished: list[tuple[InfillTask, list[int], dict]], sampler: SamplerConfig
+) -> Iterator[tuple[InfillTask, list[int], dict]]:
+    if not finished:
+        return
+    # without greedy choice and truncation, which would give most texts probability 1 or 0
+    law = law_of(model, replace(sampler, greedy=False, top_k=None, top_p=None))
+    ids_BN, order = collate([replace(task, ids=ids) for task, ids, _ in finished])
+    for (task, ids, measures), log_prob in zip(
+        finished, joint_log_prob(model, ids_BN, order, law).tolist(), strict=True
+    ):
+        size = {"tokens": len(ids), "masked": task.visible.count(False)}
+        yield task, ids, size | measures | {"log_prob": log_prob, "lossless": sampler.lossless}
 
 
 def record_samplers(
@@ -72,18 +81,8 @@ def record_samplers(
     bar.close()
 
 
-def warm_up(model: AnySubsetLM, batch: list[InfillTask], sampler: SamplerConfig) -> None:
-    """A short run that is not timed: first calls allocate memory and pick kernels."""
-    short = [replace(t, visible=[i < len(t.ids) - WARM_UP_TOKENS for i in range(len(t.ids))]) for t in batch]
-    ids_BN, order = collate(short)
-    sample(model, ids_BN, order, sampler)
-
-
-def timed(model: AnySubsetLM, *arguments) -> tuple[float, Completion]:
-    """Seconds that sampling takes, the device's work included, and the completion."""
-    synchronise = torch.cuda.synchronize if model.device.type == "cuda" else lambda: None
-    synchronise()
-    start = time.perf_counter()
-    completion = sample(model, *arguments)
-    synchronise()
-    return time.perf_counter() - start, completion
+def warm_up(model: AnySubsetLM, ids_BN: torch.Tensor, order: Order, sampler: SamplerConfig, batch_size: int) -> None:
+    """A short run that is not timed: first calls allocate memory, pick kernels, compile."""
+    length_B = order.length_B[:batch_size]
+    end = Order.from_permutation(order.order_BN[:batch_size], (length_B - WARM_UP_TOKENS).clamp(min=0), length_B)
+    sample(model, ids_BN[:batch_size], end, sampler)

@@ -9,14 +9,18 @@ import torch
 
 
 def accepted_prefix(
-    draft_prob_BK: torch.Tensor, target_prob_BK: torch.Tensor, uniform_BK: torch.Tensor, valid_BK: torch.Tensor
+    draft_prob_BK: torch.Tensor,
+    target_prob_BK: torch.Tensor,
+    uniform_BK: torch.Tensor,
+    valid_BK: torch.Tensor,
+    slack: float = 0.0,
 ) -> torch.Tensor:
     """How many drafts are kept before the first that is not, [B].
 
     ``draft_prob_BK`` and ``target_prob_BK`` are the two probabilities of the drafted tokens; ``valid_BK`` says which
-    columns hold a draft.
+    columns hold a draft. ``slack`` is added to the probability of keeping a draft: above 0 the law is lost.
     """
-    kept_BK = valid_BK & (uniform_BK * draft_prob_BK < target_prob_BK)
+    kept_BK = valid_BK & (uniform_BK * draft_prob_BK < target_prob_BK + slack * draft_prob_BK)
     return kept_BK.long().cumprod(dim=1).sum(dim=1)
 
 

@@ -16,28 +16,24 @@ from .decoding import Decoding, chosen
 from .drafts import Draft, bigram_draft, draw_draft, no_draft, self_draft
 
 
-def decode_assd(state: Decoding) -> None:
+def assd_round(state: Decoding) -> None:
     """Draft with the model itself."""
-    while (most_remaining := state.most_remaining()) > 0:
-        state.begin_round()
-        draft = self_draft(state)
-        first_logp_B = chosen(draft.probs_BKV, draft.ids_BK)[:, 0].log()
-        state.logp_B += first_logp_B.where(draft.rows.valid_BR[:, 0], 0)
-        if most_remaining > 1 and (state.config.k > 1 or state.config.bonus_token):
-            verify(state, draft, n_exact=1)
-        else:  # the exact first draft is all there is
-            state.put(draft.rows, draft.ids_BK)
-            state.settle(state.settled_B + 1, state.settled_B, backlog=1)
+    draft = self_draft(state)
+    first_logp_B = chosen(draft.probs_BKV, draft.ids_BK)[:, 0].log()
+    state.logp_B += first_logp_B.where(draft.rows.valid_BR[:, 0], 0)
+    if state.most_remaining > 1 and (state.config.k > 1 or state.config.bonus_token):
+        verify(state, draft, n_exact=1)
+    else:  # the exact first draft is all there is
+        state.put(draft.rows, draft.ids_BK)
+        state.settle(state.settled_B + 1, state.settled_B, backlog=1)
 
 
-def decode_assd_ngram(state: Decoding) -> None:
+def assd_ngram_round(state: Decoding) -> None:
     """Draft with the bigram of the context."""
-    while state.most_remaining() > 0:
-        state.begin_round()
-        verify(state, bigram_draft(state), n_exact=0)
+    verify(state, bigram_draft(state), n_exact=0)
 
 
-def decode_assd_one_pass(state: Decoding) -> None:
+def assd_one_pass_round(state: Decoding) -> None:
     """Draft with the model itself, in the pass that verifies the drafts of the round before: one call a round.
 
     For every length a that the accepted prefix may have, the pass also holds query rows for the k ranks after the
@@ -45,17 +41,16 @@ def decode_assd_one_pass(state: Decoding) -> None:
     are projected onto the vocabulary.
     """
     k = state.config.k
-    draft = no_draft(state)
-    while state.most_remaining() > 0:
-        state.begin_round()
-        query = _tested_rows(state, draft, n_exact=0)
-        branches = _branch_rows(state)
-        state.put(draft.rows, draft.ids_BK)
-        hidden_BQE = state.hidden(query.followed_by(branches), draft_end_B=state.settled_B + k, n_drafts=k)
-        accepted_B = accept(state, draft, 0, query, state.model.logits(hidden_BQE[:, : k + 1]))
-        branch_BAKE = hidden_BQE[:, k + 1 :].unflatten(1, (k + 1, k))
-        branch_BKE = branch_BAKE.take_along_dim(accepted_B[:, None, None, None], dim=1).squeeze(1)
-        draft = draw_draft(state, state.rows(state.settled_B, state.settled_B + k, k), state.model.logits(branch_BKE))
+    draft = state.draft or no_draft(state)
+    query = _tested_rows(state, draft, n_exact=0)
+    branches = _branch_rows(state)
+    state.put(draft.rows, draft.ids_BK)
+    hidden_BQE = state.hidden(query.followed_by(branches), draft_end_B=state.settled_B + k, n_drafts=k)
+    accepted_B = accept(state, draft, 0, query, state.engine.logits(hidden_BQE[:, : k + 1]))
+    branch_BAKE = hidden_BQE[:, k + 1 :].unflatten(1, (k + 1, k))
+    branch_BKE = branch_BAKE.take_along_dim(accepted_B[:, None, None, None], dim=1).squeeze(1)
+    rows = state.rows(state.settled_B, state.settled_B + k, k)
+    state.draft = draw_draft(state, rows, state.draft_law.probs(state.engine.logits(branch_BKE)))
 
 
 def _branch_rows(state: Decoding) -> Rows:
@@ -98,6 +93,7 @@ def accept(state: Decoding, draft: Draft, n_exact: int, query: Rows, logits_BQV:
         chosen(target_BQV[:, :K], draft_ids_BK),
         state.uniforms(state.accept_uniform_BN, query)[:, :K],
         tested_BK,
+        state.config.accept_slack,
     )
     kept_BK = torch.arange(K, device=accepted_B.device) < accepted_B[:, None]
     state.logp_B += chosen(target_logp_BQV[:, :K], draft_ids_BK).where(kept_BK, 0).sum(1)

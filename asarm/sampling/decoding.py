@@ -1,17 +1,21 @@
-"""The state of a batch being decoded, and the network call that every sampler makes.
+"""The state of sequences being decoded, and the network call that every sampler makes.
 
-Sequences are ragged in everything: length, prompt, progress. Each has its own random numbers, three per rank: one to
-draft the token, one to accept it, one to draw it from the target (or the residual). A number is used up only when its
-rank is settled: a draft that is thrown away because an *earlier* one was refused has not been looked at, so its
-number is still fresh. Hence the table can be drawn beforehand, and a sequence's tokens do not depend on its batch.
+Sequences wait in a list and are decoded ``batch_size`` at a time, each in a *lane*. A sequence that is finished makes
+room for the next one at once (continuous batching). Lanes are ragged in everything: length, prompt, progress. Each
+sequence has its own random numbers, three per rank: one to draft the token, one to accept it, one to draw it from the
+target (or the residual). A number is used up only when its rank is settled: a draft that is thrown away because an
+*earlier* one was refused has not been looked at, so its number is still fresh. Hence the table can be drawn
+beforehand, and a sequence's tokens do not depend on what it shares its batch with.
 """
 
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 
-from ..cache import SlotCache
 from ..config import SamplerConfig
+from ..engine import engine_of
 from ..errors import ConfigError
 from ..law import Law
 from ..memory import call_bytes, require_memory
@@ -26,9 +30,10 @@ class Completion:
 
     ``ids_BN`` holds prompt and drawn tokens, ``logp_B`` (float64, nats) the log-probability of what was drawn under
     the law it was drawn from (for ``parallel`` that is the product of the marginals, not the model's joint).
-    ``nfe_B`` counts the network calls in which the sequence took part, ``aux_nfe_B`` those of an auxiliary draft
-    model. ``proposed_B`` drafts were put to the test and ``accepted_B`` of them kept (the first draft of a
-    self-drafting round is exact and not counted).
+    ``nfe_B`` counts the network calls that computed a prediction for the sequence, ``aux_nfe_B`` those of an auxiliary
+    draft model; entering a prompt into the cache predicts nothing and is not counted. ``proposed_B`` drafts were put to
+    the test and ``accepted_B`` of them kept (the first draft of a self-drafting round is exact and not counted).
+    ``seconds_B`` (float64) is the sequence's share of the wall clock: each round's time, in equal parts.
     """
 
     ids_BN: torch.Tensor
@@ -38,76 +43,150 @@ class Completion:
     rounds_B: torch.Tensor
     proposed_B: torch.Tensor
     accepted_B: torch.Tensor
+    seconds_B: torch.Tensor
+
+
+COUNTS = ("nfe_B", "aux_nfe_B", "rounds_B", "proposed_B", "accepted_B")
+PREFILL_ROWS = 4096  # prompt tokens, padding included, that enter the cache in one call
 
 
 def law_of(model: AnySubsetLM, config: SamplerConfig) -> Law:
-    """The law that ``config`` samples from: the model's, at a temperature, without the mask token and the banned
-    ids."""
+    """The law that ``config`` samples from: the model's, without the mask token and the banned ids, shaped by
+    temperature (1 with ``draft_only_temperature``), top-k and top-p."""
     mask = {model.mask_token_id} if model.mask_token_id < model.config.vocab_size else set()
-    return Law(config.temperature, tuple(sorted(mask | {*config.banned_ids})), config.greedy)
+    temperature = 1.0 if config.draft_only_temperature else config.temperature
+    banned_ids = tuple(sorted(mask | {*config.banned_ids}))
+    return Law(temperature, banned_ids, config.greedy, config.top_k, config.top_p)
 
 
 class Decoding:
-    """A batch in progress: ranks below ``settled_B`` are final, ranks below ``cached_B`` have keys and values in the
+    """Sequences in progress: of each lane, ranks below ``settled_B`` are final and ranks below ``cached_B`` are in the
     cache."""
 
     def __init__(
         self,
         model: AnySubsetLM,
-        ids_BN: torch.Tensor,
+        ids_TN: torch.Tensor,
         order: Order,
         config: SamplerConfig,
         seed: int,
         indices: list[int],
+        batch_size: int,
     ):
-        B, N = ids_BN.shape
-        self.model, self.order, self.config = model, order, config
-        self.law = law_of(model, config)
-        self._check(ids_BN, indices)
-        # one scratch column past the end, for the rows that only fill the batch
-        prompt_BN = ids_BN.where(order.rank_BN < order.n_visible_B[:, None], 0)
-        self.ids_BS = torch.cat([prompt_BN, ids_BN.new_zeros(B, 1)], dim=1)
-        self.settled_B = order.n_visible_B.clone()
-        self.cached_B = torch.zeros_like(self.settled_B)
-        self.backlog = int(order.n_visible_B.max())  # at most this many settled tokens of a sequence are not cached
-        n_query = (config.k + 1) ** 2 if config.one_pass else config.k + 1
-        need = call_bytes(model, B, N, self.backlog + config.k + n_query, B * (config.k + 1))
-        require_memory(model, B, N, need)
-        self.cache = SlotCache(model, B, N)
-        uniforms = rank_uniforms(seed, indices, N, 3).to(ids_BN.device)
-        self.draft_uniform_BN, self.accept_uniform_BN, self.target_uniform_BN = uniforms
-        self.logp_B = torch.zeros(B, dtype=torch.float64, device=ids_BN.device)
-        zero_B = torch.zeros_like(self.settled_B)
-        self.nfe_B, self.aux_nfe_B, self.rounds_B, self.proposed_B, self.accepted_B = (zero_B.clone() for _ in range(5))
+        self.model, self.config, self.law = model, config, law_of(model, config)
+        self.draft_law = replace(self.law, temperature=config.temperature)
+        self._check(ids_TN, order, indices)
+        self._waiting, self._waiting_ids_TN, self._seed, self._indices = order, ids_TN, seed, indices
+        self._n_visible_T, self._length_T = order.n_visible_B.tolist(), order.length_B.tolist()
+        self._next, self._number_in = 0, {}  # the next sequence to enter; lane -> number of the sequence in it
 
-    def _check(self, ids_BN: torch.Tensor, indices: list[int]) -> None:
-        if self.order.order_BN.shape != ids_BN.shape or len(indices) != len(ids_BN):
+        (T, N), device = ids_TN.shape, ids_TN.device
+        B = min(batch_size, T)
+        n_query = (config.k + 1) ** 2 if config.one_pass else config.k + 1
+        decoding = call_bytes(model, B, N, 1 + config.k + n_query, B * (config.k + 1))
+        require_memory(model, B, N, max(decoding, call_bytes(model, B, N, max(self._n_visible_T), 0)))
+        self.engine = engine_of(model, config.compile)
+        self.cache = self.engine.new_cache(B, N)
+        self.order = Order(*(value[:1].expand(B, *value.shape[1:]).clone() for value in vars(order).values()))
+        self.ids_BS = ids_TN.new_zeros(B, N + 1)  # a scratch column past the end, for rows that only fill the batch
+        self.settled_B = self.order.length_B.clone()  # a lane without a sequence has nothing left to draw
+        self.cached_B, self.backlog = self.settled_B.clone(), 1  # at most ``backlog`` settled tokens are not cached
+        self.uniform_XBN = torch.zeros(3, B, N, dtype=torch.float64, device=device)
+        self.draft_uniform_BN, self.accept_uniform_BN, self.target_uniform_BN = self.uniform_XBN
+        self.draft = None  # one-pass sampling: what the next call verifies (a Draft)
+        self.logp_B = torch.zeros(B, dtype=torch.float64, device=device)
+        self.nfe_B, self.aux_nfe_B, self.rounds_B, self.proposed_B, self.accepted_B = torch.zeros(
+            len(COUNTS), B, dtype=torch.long, device=device
+        )
+        self._seconds_B = [0.0] * B
+        self.most_remaining = self._furthest = 0
+
+    def _check(self, ids_TN: torch.Tensor, order: Order, indices: list[int]) -> None:
+        if order.order_BN.shape != ids_TN.shape or len(indices) != len(ids_TN):
             raise ConfigError(
-                f"ids {list(ids_BN.shape)}, order {list(self.order.order_BN.shape)} and {len(indices)} indices "
-                "do not match"
+                f"ids {list(ids_TN.shape)}, order {list(order.order_BN.shape)} and {len(indices)} indices do not match"
             )
         vocab_size = self.model.config.vocab_size
-        require_token_ids(ids_BN[self.order.rank_BN < self.order.n_visible_B[:, None]], vocab_size)
+        require_token_ids(ids_TN[order.rank_BN < order.n_visible_B[:, None]], vocab_size)
         if any(not 0 <= i < vocab_size for i in self.law.banned_ids) or len(self.law.banned_ids) >= vocab_size:
             raise ConfigError(f"banned_ids {self.law.banned_ids} must be some, not all, of 0 .. {vocab_size - 1}")
+
+    def run(self, play_round: Callable[["Decoding"], None]) -> Iterator[tuple[list[int], Completion]]:
+        """Decode every sequence; yields those that finish, by number, with their completions.
+
+        ``play_round`` moves all lanes forward by one round. ``most_remaining`` tells it how many tokens are left to
+        draw in the lane that has most of them: the one number that a round reads back from the device.
+        """
+        remaining = [0] * len(self.settled_B)
+        while True:
+            if finished := [lane for lane in self._number_in if remaining[lane] == 0]:
+                yield self._leave(finished)
+            start = time.perf_counter()
+            free = [lane for lane in range(len(remaining)) if lane not in self._number_in]
+            if entering := dict(zip(free, range(self._next, len(self._length_T)), strict=False)):
+                self._enter(entering)
+                for lane, number in entering.items():
+                    remaining[lane] = self._length_T[number] - self._n_visible_T[number]
+            if not self._number_in:
+                return
+            self.most_remaining = max(remaining)
+            self._furthest = max(self._length_T[number] - remaining[lane] for lane, number in self._number_in.items())
+            if self.most_remaining:
+                self.rounds_B += self.remaining_B > 0
+                play_round(self)
+                remaining = self.remaining_B.tolist()
+            for lane in self._number_in:
+                self._seconds_B[lane] += (time.perf_counter() - start) / len(self._number_in)
+
+    def _enter(self, number_in: dict[int, int]) -> None:
+        """Put waiting sequences into free lanes and their prompts into the cache."""
+        numbers, N = list(number_in.values()), self.order.order_BN.shape[1]
+        device = self.settled_B.device
+        lane_B, number_B = torch.tensor(list(number_in), device=device), torch.tensor(numbers, device=device)
+        for name, value in vars(self.order).items():
+            value[lane_B] = getattr(self._waiting, name)[number_B]
+        prompt_BN = self.order.rank_BN[lane_B] < self.order.n_visible_B[lane_B, None]
+        self.ids_BS[lane_B, :N] = self._waiting_ids_TN[number_B].where(prompt_BN, 0)
+        uniform_XBN = rank_uniforms(self._seed, [self._indices[number] for number in numbers], N, 3)
+        self.uniform_XBN[:, lane_B] = uniform_XBN.to(device)
+        self.settled_B[lane_B] = self.cached_B[lane_B] = self.order.n_visible_B[lane_B]
+        for value_B in (self.logp_B, *(getattr(self, name) for name in COUNTS)):
+            value_B[lane_B] = 0
+        if self.draft is not None:
+            self.draft = replace(self.draft, rows=self.draft.rows.without(lane_B, N))
+        width = max(self._n_visible_T[number] for number in numbers)
+        for lane_b in lane_B.split(max(1, PREFILL_ROWS // max(1, width))) if width else ():
+            self._prefill(lane_b, width)
+        for lane in number_in:
+            self._seconds_B[lane] = 0.0
+        self._number_in |= number_in
+        self._next += len(numbers)
+
+    def _prefill(self, lane_b: torch.Tensor, width: int) -> None:
+        order = Order(*(value[lane_b] for value in vars(self.order).values()))
+        prompt = rows_at_ranks(order, torch.zeros_like(lane_b), order.n_visible_B, width)
+        prompt = replace(prompt, limit_BR=torch.where(prompt.valid_BR, order.n_visible_B[:, None], 0))
+        ids_bC = self.ids_BS[lane_b].gather(1, prompt.position_BR)
+        self.engine.prefill(ids_bC, prompt, order.order_BN, self.cache, lane_b)
+
+    def _leave(self, lanes: list[int]) -> tuple[list[int], Completion]:
+        device = self.settled_B.device
+        lane_B = torch.tensor(lanes, device=device)
+        seconds_B = torch.tensor([self._seconds_B[lane] for lane in lanes], dtype=torch.float64, device=device)
+        counts = {name: getattr(self, name)[lane_B] for name in COUNTS}
+        done = Completion(self.ids_BS[lane_B, :-1], self.logp_B[lane_B], **counts, seconds_B=seconds_B)
+        return [self._number_in.pop(lane) for lane in lanes], done
 
     @property
     def remaining_B(self) -> torch.Tensor:
         return self.order.length_B - self.settled_B
-
-    def most_remaining(self) -> int:
-        """Tokens still to draw in the sequence that has most of them (the one synchronisation of a round)."""
-        return int(self.remaining_B.max())
-
-    def begin_round(self) -> None:
-        self.rounds_B += self.remaining_B > 0
 
     def rows(self, start_B: torch.Tensor, end_B: torch.Tensor, width: int) -> Rows:
         return rows_at_ranks(self.order, start_B, torch.minimum(end_B, self.order.length_B), width)
 
     def call(self, query: Rows, **arguments) -> torch.Tensor:
         """Logits [B, Q, V] of the query rows; one network call (:meth:`hidden`)."""
-        return self.model.logits(self.hidden(query, **arguments))
+        return self.engine.logits(self.hidden(query, **arguments))
 
     def hidden(
         self,
@@ -125,13 +204,10 @@ class Decoding:
         content = self.rows(self.cached_B, end_B, self.backlog + n_drafts)
         content_limit_BC = torch.where(content.valid_BR, content_limit(self.order, content.rank_BR), 0)
         query_limit_BQ = query.limit_BR if limit_B is None else query.limit_BR.clamp(max=limit_B[:, None])
-        hidden_BQE = self.model(
-            self.ids_BS.gather(1, content.position_BR),
-            torch.cat([content.position_BR, query.position_BR], dim=1),
-            torch.cat([content_limit_BC, query_limit_BQ], dim=1),
-            self.order.rank_BN,
-            self.cache,
-        )
+        rows = replace(content, limit_BR=content_limit_BC).followed_by(replace(query, limit_BR=query_limit_BQ))
+        n_slots = min(self.cache.length, self._furthest + self.config.k + 1)
+        ids_BC = self.ids_BS.gather(1, content.position_BR)
+        hidden_BQE = self.engine(ids_BC, rows, self.order.order_BN, self.cache, n_slots)
         self.nfe_B += query.valid_BR.any(dim=1)
         self.cached_B, self.backlog = self.settled_B.clone(), 0
         return hidden_BQE
@@ -149,17 +225,6 @@ class Decoding:
         tokens."""
         self.settled_B = torch.minimum(settled_B, self.order.length_B)
         self.cached_B, self.backlog = torch.minimum(cached_B, self.settled_B), backlog
-
-    def completion(self) -> Completion:
-        return Completion(
-            ids_BN=self.ids_BS[:, :-1].clone(),
-            logp_B=self.logp_B,
-            nfe_B=self.nfe_B,
-            aux_nfe_B=self.aux_nfe_B,
-            rounds_B=self.rounds_B,
-            proposed_B=self.proposed_B,
-            accepted_B=self.accepted_B,
-        )
 
 
 def chosen(value_BRV: torch.Tensor, ids_BR: torch.Tensor) -> torch.Tensor:

@@ -26,12 +26,15 @@ def self_draft(state: Decoding) -> Draft:
     """
     k = state.config.k
     rows = state.rows(state.settled_B, state.settled_B + k, k)
-    return draw_draft(state, rows, state.call(rows, limit_B=state.settled_B))
+    logits_BKV = state.call(rows, limit_B=state.settled_B)
+    if state.draft_law == state.law:
+        return draw_draft(state, rows, state.law.probs(logits_BKV))
+    exact_B1V, later_BKV = state.law.probs(logits_BKV[:, :1]), state.draft_law.probs(logits_BKV[:, 1:])
+    return draw_draft(state, rows, torch.cat([exact_B1V, later_BKV], dim=1))
 
 
-def draw_draft(state: Decoding, rows: Rows, logits_BKV: torch.Tensor) -> Draft:
-    """Draft one token a row, each from its own logits."""
-    probs_BKV = state.law.probs(logits_BKV)
+def draw_draft(state: Decoding, rows: Rows, probs_BKV: torch.Tensor) -> Draft:
+    """Draft one token a row, each from its own distribution."""
     return Draft(rows, draw(probs_BKV, state.uniforms(state.draft_uniform_BN, rows)), probs_BKV)
 
 

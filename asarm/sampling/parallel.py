@@ -8,12 +8,10 @@ from .decoding import Decoding, chosen
 from .drafts import self_draft
 
 
-def decode_parallel(state: Decoding) -> None:
-    """Draw k ranks at a time from their marginals given the settled tokens, and keep them all."""
-    while state.most_remaining() > 0:
-        state.begin_round()
-        draft = self_draft(state)
-        state.put(draft.rows, draft.ids_BK)
-        logp_BK = chosen(draft.probs_BKV, draft.ids_BK).log()
-        state.logp_B += logp_BK.where(draft.rows.valid_BR, 0).sum(1)
-        state.settle(state.settled_B + state.config.k, state.settled_B, backlog=state.config.k)
+def parallel_round(state: Decoding) -> None:
+    """Draw the next k ranks from their marginals given the settled tokens, and keep them all."""
+    draft = self_draft(state)
+    state.put(draft.rows, draft.ids_BK)
+    logp_BK = chosen(draft.probs_BKV, draft.ids_BK).log()
+    state.logp_B += logp_BK.where(draft.rows.valid_BR, 0).sum(1)
+    state.settle(state.settled_B + state.config.k, state.settled_B, backlog=state.config.k)

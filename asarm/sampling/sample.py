@@ -1,24 +1,46 @@
-"""``sample``: draw the masked tokens of a batch with any sampler."""
+"""``sample``: draw the masked tokens of sequences with any sampler."""
+
+from collections.abc import Iterator
+from dataclasses import fields
 
 import torch
 
 from ..config import SamplerConfig
 from ..model import AnySubsetLM
 from ..orders import Order
-from .assd import decode_assd, decode_assd_ngram, decode_assd_one_pass
+from .assd import assd_ngram_round, assd_one_pass_round, assd_round
 from .decoding import Completion, Decoding
-from .parallel import decode_parallel
-from .sequential import decode_sequential
+from .parallel import parallel_round
+from .sequential import sequential_round
 
-DECODERS = {
-    "sequential": decode_sequential,
-    "assd": decode_assd,
-    "assd-ngram": decode_assd_ngram,
-    "parallel": decode_parallel,
+ROUNDS = {
+    "sequential": sequential_round,
+    "assd": assd_round,
+    "assd+one-pass": assd_one_pass_round,
+    "assd-ngram": assd_ngram_round,
+    "parallel": parallel_round,
 }
 
 
 @torch.no_grad()
+def sample_each(
+    model: AnySubsetLM,
+    ids_TN: torch.Tensor,
+    order: Order,
+    config: SamplerConfig,
+    seed: int,
+    indices: list[int],
+    batch_size: int,
+) -> Iterator[tuple[list[int], Completion]]:
+    """Like :func:`sample`; yields sequences as they finish, by row number, with their completions.
+
+    ``batch_size`` sequences are decoded together; one that finishes makes room for the next.
+    """
+    config = config.on(model.device.type)
+    state = Decoding(model, ids_TN.to(model.device), order.to(model.device), config, seed, indices, batch_size)
+    yield from state.run(ROUNDS[config.full_name])
+
+
 def sample(
     model: AnySubsetLM,
     ids_BN: torch.Tensor,
@@ -26,15 +48,16 @@ def sample(
     config: SamplerConfig | None = None,
     seed: int = 0,
     indices: list[int] | None = None,
+    batch_size: int | None = None,
 ) -> Completion:
     """Draw the tokens that ``order`` leaves masked.
 
     What ``ids_BN`` holds at masked positions is ignored. Sequence b draws with the random numbers of (``seed``,
     ``indices[b]``), by default its row number: its tokens do not depend on what else is in the batch (in float32).
+    ``batch_size`` sequences (default: all) are decoded together; one that finishes makes room for the next.
     """
-    config = config or SamplerConfig()
     indices = list(range(len(ids_BN))) if indices is None else indices
-    state = Decoding(model, ids_BN.to(model.device), order.to(model.device), config, seed, indices)
-    decode = decode_assd_one_pass if config.one_pass else DECODERS[config.name]
-    decode(state)
-    return state.completion()
+    parts = list(sample_each(model, ids_BN, order, config or SamplerConfig(), seed, indices, batch_size or len(ids_BN)))
+    row_B = torch.tensor([row for rows, _ in parts for row in rows], device=model.device).argsort()
+    names = [f.name for f in fields(Completion)]
+    return Completion(**{name: torch.cat([getattr(done, name) for _, done in parts])[row_B] for name in names})

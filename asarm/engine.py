@@ -1,0 +1,166 @@
+"""The network as decoding calls it: a few rows of each sequence against a cache, at the speed of the memory.
+
+A call with few rows is bound by reading the weights once. Hence, on a CPU, the weights are kept in oneDNN's blocked
+layout (a product of up to ten rows then takes as long as reading the matrix), keys and values are projected together,
+biases, activation and residual are part of the products, and attention is one fused kernel that reads only the slots
+that a limit reaches. Elsewhere, and where ``compile`` is asked for, the same steps run on plain weights through
+:func:`torch.compile`, with shapes that do not change from round to round (CUDA graphs on a GPU).
+
+The results are those of :meth:`asarm.model.AnySubsetLM.forward` up to rounding; a test holds the two together.
+"""
+
+import weakref
+
+import torch
+from torch.nn import functional as F
+from transformers.activations import ACT2FN
+
+from .cache import SlotCache
+from .model import AnySubsetLM, Layer
+from .orders import Rows
+
+ROWS_AT_A_TIME = 128  # rows of a prefill whose scores exist at the same time
+FUSED_ACTIVATIONS = {"gelu": "none", "relu": ""}  # by name, with oneDNN's name of the algorithm
+
+
+class Projection:
+    """``x @ weight.T + bias``, then an activation or plus a residual; no gradient."""
+
+    def __init__(self, weight_OI: torch.Tensor, bias_O: torch.Tensor | None, activation: str | None, packed: bool):
+        self.packed, self.bias_O = packed, bias_O
+        self.fused = packed and activation in FUSED_ACTIVATIONS
+        self.activation = None if activation is None or self.fused else ACT2FN[activation]
+        self.post_op = (activation, [], FUSED_ACTIVATIONS[activation]) if self.fused else ("none", [], "")
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight_OI.contiguous()) if packed else weight_OI
+
+    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        if not self.packed:
+            out = F.linear(x, self.weight, self.bias_O)
+            out = out if residual is None else residual + out
+        elif residual is None:
+            out = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias_O, *self.post_op)
+        else:
+            out = torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.weight, self.bias_O, "add")
+        return out if self.activation is None else self.activation(out)
+
+
+def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies this type natively on this device."""
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+class EngineLayer:
+    """One layer's weights as the engine wants them."""
+
+    def __init__(self, layer: Layer, activation: str, packed: bool):
+        attention, ff = layer.rel_attn, layer.ff
+        q_XE, k_XE, v_XE = (w.detach().flatten(1).T for w in (attention.q, attention.k, attention.v))
+        # a query row's content score has the bias r_w_bias; its relative score has r_r_bias instead
+        self.query = Projection(q_XE, attention.r_w_bias.detach().flatten(), None, packed)
+        self.to_relative_H1D = (attention.r_r_bias - attention.r_w_bias).detach()[:, None]
+        self.key_value = Projection(torch.cat([k_XE, v_XE]), None, None, packed)
+        self.out = Projection(attention.o.detach().flatten(1), None, None, packed)
+        self.inner = Projection(ff.layer_1.weight.detach(), ff.layer_1.bias.detach(), activation, packed)
+        self.outer = Projection(ff.layer_2.weight.detach(), ff.layer_2.bias.detach(), None, packed)
+        self.attention_norm, self.ff_norm = attention.layer_norm, ff.layer_norm
+
+
+class Engine:
+    """``model`` prepared for decoding; :func:`engine_of` makes it once and keeps it until the weights change."""
+
+    def __init__(self, model: AnySubsetLM, compile: bool = False):
+        self.config, self.trunk = model.config, model.transformer
+        self.dtype, self.device = model.dtype, model.device
+        packed = not compile and can_pack(self.device, self.dtype)
+        self.layers = [EngineLayer(layer, model.config.ff_activation, packed) for layer in self.trunk.layer]
+        self.vocabulary = Projection(model.lm_loss.weight.detach(), model.lm_loss.bias.detach(), None, packed)
+        self.static = compile
+        mode = "reduce-overhead" if self.device.type == "cuda" else None
+        self._decode = torch.compile(self._rows, mode=mode, dynamic=False) if compile else self._rows
+        self._relative_keys = (0, torch.empty(0))
+
+    def new_cache(self, batch: int, length: int) -> SlotCache:
+        cache = SlotCache(self.config, batch, length, self.dtype, self.device)
+        if self.static:  # a captured graph writes where it was captured
+            torch._dynamo.mark_static_address(cache.key_LBHSD)
+            torch._dynamo.mark_static_address(cache.value_LBHSD)
+        return cache
+
+    def relative_keys(self, length: int) -> torch.Tensor:
+        """Relative-position keys for ``length``, scaled by D^-0.5: [L, H, 2N-1, D]. Projected once per length."""
+        if self._relative_keys[0] != length:
+            self._relative_keys = (length, self.trunk.relative_keys(length) * self.config.d_head**-0.5)
+        return self._relative_keys[1]
+
+    def prefill(
+        self, ids_BC: torch.Tensor, rows: Rows, order_BN: torch.Tensor, cache: SlotCache, sequence_B: torch.Tensor
+    ) -> None:
+        """Write the content rows of some of the cache's sequences; they see each other within their limits."""
+        relative = self.relative_keys(cache.length)
+        self._rows(ids_BC, rows, order_BN, cache, relative, sequence_B, rows.rank_BR.shape[1])
+
+    def __call__(
+        self, ids_BC: torch.Tensor, rows: Rows, order_BN: torch.Tensor, cache: SlotCache, n_slots: int
+    ) -> torch.Tensor:
+        """Hidden states [B, Q, E] of the query rows.
+
+        The first C of ``rows`` are content rows and carry ``ids_BC``; they are written to the cache. No limit may be
+        above ``n_slots``.
+        """
+        relative, n_slots = self.relative_keys(cache.length), cache.length if self.static else n_slots
+        return self._decode(ids_BC, rows, order_BN, cache, relative, cache.every_B, n_slots)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Vocabulary projection: [..., E] -> [..., V]."""
+        return self.vocabulary(hidden)
+
+    def _rows(self, ids_BC, rows: Rows, order_BN, cache: SlotCache, relative_LHPD, sequence_B, n_slots) -> torch.Tensor:
+        position_BR, limit_BR, rank_BR = rows.position_BR, rows.limit_BR, rows.rank_BR
+        (B, C), (R, N) = ids_BC.shape, (position_BR.shape[1], cache.length)
+        H, D = self.config.n_head, self.config.d_head
+        slot_S = torch.arange(n_slots, device=self.device)
+        hidden_BRS = slot_S >= limit_BR[:, :, None]
+        bias_B1RS = torch.zeros(hidden_BRS.shape, dtype=self.dtype, device=self.device)
+        bias_B1RS = bias_B1RS.masked_fill_(hidden_BRS, torch.finfo(self.dtype).min)[:, None]
+        relative_B1RS = (N - 1 - position_BR.clamp(max=N - 1)[:, :, None] + order_BN[:, None, :n_slots])[:, None]
+        sees_BR1 = (limit_BR > 0).to(self.dtype)[:, :, None]  # a row that sees nothing has zero attention output
+
+        content_BCE = F.embedding(ids_BC, self.trunk.word_embedding.weight)
+        x_BRE = torch.cat([content_BCE, self.trunk.mask_emb.expand(B, R - C, -1)], dim=1)
+        parts = (bias_B1RS, relative_B1RS)
+        for index, layer in enumerate(self.layers):
+            key_value_BC2HD = layer.key_value(x_BRE[:, :C]).view(B, C, 2, H, D)
+            cache.write(index, sequence_B, rank_BR[:, :C], *key_value_BC2HD.unbind(2))
+            if index == len(self.layers) - 1 and R > C + 1:  # nothing reads the content rows' last hidden states
+                x_BRE, sees_BR1, *parts = (t[..., C:, :] for t in (x_BRE, sees_BR1, *parts))
+            key_value_BHSD = cache.read(index, sequence_B, n_slots)
+            chunks = zip(*(t.split(ROWS_AT_A_TIME, dim=-2) for t in (x_BRE, *parts)), strict=True)
+            attended = [self._attend(layer, *key_value_BHSD, relative_LHPD[index], *chunk) for chunk in chunks]
+            attended_BRX = torch.cat(attended, dim=1) if len(attended) > 1 else attended[0]
+            x_BRE = layer.attention_norm(layer.out(attended_BRX * sees_BR1, x_BRE))
+            x_BRE = layer.ff_norm(layer.outer(layer.inner(x_BRE), x_BRE))
+        return x_BRE[:, x_BRE.shape[1] - (R - C) :]
+
+    def _attend(self, layer, key_BHSD, value_BHSD, relative_HPD, x_BRE, bias_B1RS, relative_B1RS) -> torch.Tensor:
+        (B, R, _), (H, D) = x_BRE.shape, (self.config.n_head, self.config.d_head)
+        q_BHRD = layer.query(x_BRE).view(B, R, H, D).transpose(1, 2)
+        q_HXD = (q_BHRD + layer.to_relative_H1D).transpose(0, 1).reshape(H, B * R, D)
+        score_BHRP = (q_HXD @ relative_HPD.transpose(1, 2)).view(H, B, R, -1).transpose(0, 1)
+        score_BHRS = score_BHRP.gather(3, relative_B1RS.expand(-1, H, -1, -1)) + bias_B1RS
+        out_BHRD = F.scaled_dot_product_attention(q_BHRD, key_BHSD, value_BHSD, attn_mask=score_BHRS)
+        return out_BHRD.transpose(1, 2).flatten(2)
+
+
+_ENGINES: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def engine_of(model: AnySubsetLM, compile: bool = False) -> Engine:
+    """The engine of ``model``; made again where its weights were changed, moved or converted since."""
+    state = [compile, *((p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters())]
+    kept_state, engine = _ENGINES.get(model, (None, None))
+    if state != kept_state:
+        engine = Engine(model, compile)
+        _ENGINES[model] = (state, engine)
+    return engine
