@@ -1,4 +1,4 @@
-"""``python -m asarm``: infill, score, train, and the evaluations.
+"""``python -m asarm``: infill, score, train, the evaluations and the benchmarks.
 
 Every command takes ``--config FILE.yaml``, overridden by ``--key value``; ``--print_config`` shows the result. A
 mistake of the user's is one line on standard error and exit status 2.
@@ -13,6 +13,7 @@ from typing import get_args, get_origin
 import docstring_parser
 from jsonargparse import ActionConfigFile, ActionYesNo, ArgumentParser
 
+from .bench.config import BenchDecodeConfig
 from .config import TrainConfig
 from .errors import ConfigError, UserError
 from .evals.config import (
@@ -83,6 +84,14 @@ def run_eval_infill(config: InfillEvalConfig) -> None:
     _show(config, evaluate(config), report)
 
 
+def run_bench_decode(config: BenchDecodeConfig) -> None:
+    from .bench.run import bench, report
+
+    result = bench(config)
+    print(report(result))
+    print(json.dumps(result, ensure_ascii=False))
+
+
 def _show(config: DecodingConfig, summary: dict, report: Callable[[dict], str]) -> None:
     if config.json:
         print(json.dumps(summary, ensure_ascii=False))
@@ -100,12 +109,18 @@ COMMANDS = {
     "score": (ScoreConfig, run_score),
     "train": (TrainConfig, run_train),
 }
-DESCRIPTION = "Any-subset autoregressive models. Evaluations: python -m asarm eval --help."
+DESCRIPTION = (
+    "Any-subset autoregressive models. Evaluations: python -m asarm eval --help. "
+    "Benchmarks: python -m asarm bench --help."
+)
 EVALS = {
     "speculative": (SpeculativeConfig, run_eval_speculative),
     "nlp-infill": (NlpInfillConfig, run_eval_infill),
     "code-infill": (CodeInfillConfig, run_eval_infill),
 }
+
+
+BENCHES = {"decode": (BenchDecodeConfig, run_bench_decode)}
 
 
 def build_parser(prog: str, description: str, commands: dict) -> ArgumentParser:
@@ -159,6 +174,9 @@ def main(argv: list[str] | None = None) -> int:
     if argv[:1] == ["eval"]:  # a parser of its own: jsonargparse loses the message of an error two subcommands down
         commands, argv = EVALS, argv[1:]
         parser = build_parser("python -m asarm eval", "Evaluations.", EVALS)
+    elif argv[:1] == ["bench"]:
+        commands, argv = BENCHES, argv[1:]
+        parser = build_parser("python -m asarm bench", "Benchmarks.", BENCHES)
     else:
         commands = COMMANDS
         parser = build_parser("python -m asarm", DESCRIPTION, COMMANDS)

@@ -5,12 +5,15 @@ of them. A banned token's probability is zero *before* the softmax. Distribution
 float32 is measurably biased.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cache
 
 import torch
+from torch.nn import functional as F
 
 from .errors import ConfigError
+from .rng import race_times
 
 
 @dataclass(frozen=True)
@@ -65,12 +68,19 @@ def _outside_nucleus(scaled: torch.Tensor, top_p: float) -> torch.Tensor:
 
 
 def draw(weight: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """The token at quantile ``uniform`` [...] of the distribution proportional to ``weight`` [..., V] (inverse
-    transform).
+    """A token from the distribution proportional to ``weight`` [..., V]; the same ``uniform`` [...] gives the same one.
 
-    A token of weight zero is never drawn.
+    An exponential race (the Gumbel-max trick): the token whose exponential time, at its weight as rate, is the
+    shortest. Two stages, a group of tokens and a token of it, take 2 sqrt(V) times instead of V. Unlike inverting the
+    cumulative sum, where every error moves all boundaries after it, a race lets rounding of the weights decide only a
+    photo finish; so a sequence's tokens do not depend on the batch or the kernel that computed them. A token of
+    weight zero never wins.
     """
-    cdf = weight.cumsum(-1)
-    total = cdf[..., -1:]
-    quantile = torch.minimum(uniform[..., None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cdf, quantile, right=True).squeeze(-1)
+    V = weight.shape[-1]
+    size = math.isqrt(V - 1) + 1
+    weight_XGM = F.pad(weight, (0, -V % size)).unflatten(-1, (-1, size))
+    n_groups = weight_XGM.shape[-2]
+    time = race_times(uniform, n_groups + size)
+    group = (time[..., :n_groups] / weight_XGM.sum(-1)).argmin(-1, keepdim=True)
+    member_XM = weight_XGM.take_along_dim(group[..., None], dim=-2).squeeze(-2)
+    return (group * size + (time[..., n_groups:] / member_XM).argmin(-1, keepdim=True)).squeeze(-1)

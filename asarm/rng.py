@@ -24,3 +24,31 @@ def rank_uniforms(seed: int, indices: list[int], n_ranks: int, n_columns: int) -
     """
     rows = [generator(seed, "sample", index).random((n_ranks, n_columns)) for index in indices]
     return torch.from_numpy(np.stack(rows)).permute(2, 0, 1).contiguous()
+
+
+def race_times(uniform: torch.Tensor, count: int) -> torch.Tensor:
+    """``count`` independent standard exponential numbers [..., count], float64, for each of ``uniform`` [...].
+
+    Counter-based (SplitMix64; Steele, Lea & Flood 2014, keyed by the bits of ``uniform``), so that they can be made
+    where they are used, on any device.
+    """
+    key = _mix(uniform.double().contiguous().view(torch.int64))
+    bits = _mix(key[..., None] + torch.arange(1, count + 1, device=uniform.device) * _signed(0x9E3779B97F4A7C15))
+    return -torch.log((_shift_right(bits, 11).double() + 0.5) * 2.0**-53)
+
+
+def _signed(constant: int) -> int:
+    """A 64-bit constant as the signed integer with the same bits."""
+    return constant - 2**64 if constant >= 2**63 else constant
+
+
+def _shift_right(x: torch.Tensor, by: int) -> torch.Tensor:
+    """Logical shift of the 64 bits (``>>`` alone would copy the sign)."""
+    return (x >> by) & (2 ** (64 - by) - 1)
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    """SplitMix64's finaliser: a bijection of 64-bit integers that makes neighbours unrelated."""
+    x = (x ^ _shift_right(x, 30)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ _shift_right(x, 27)) * _signed(0x94D049BB133111EB)
+    return x ^ _shift_right(x, 31)

@@ -1,0 +1,39 @@
+"""What one would use instead: Hugging Face's XLNet without a cache, and GPT-2 small with its cache."""
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, XLNetConfig, XLNetLMHeadModel
+
+from .clock import median_seconds
+
+
+def xlnet_call_seconds(
+    config: XLNetConfig, length: int, n_query: int, device: torch.device, dtype: torch.dtype
+) -> float:
+    """One call of ``XLNetLMHeadModel`` as the paper's code makes it: every position recomputed, ``n_query`` predicted."""
+    model = XLNetLMHeadModel(XLNetConfig(**config.to_dict())).to(device, dtype).eval()
+    encode = model.transformer.relative_positional_encoding
+    # Hugging Face computes the sinusoids in float32 whatever the weights are, and then fails to multiply them
+    model.transformer.relative_positional_encoding = lambda *args, **kwargs: encode(*args, **kwargs).to(dtype)
+    ids_1N = torch.randint(0, config.vocab_size, (1, length), device=device)
+    perm_mask_1NN = torch.triu(torch.ones(1, length, length, device=device, dtype=dtype))
+    target_mapping_1QN = torch.eye(length, device=device, dtype=dtype)[None, :n_query]
+
+    @torch.no_grad()
+    def call() -> None:
+        model(ids_1N, perm_mask=perm_mask_1NN, target_mapping=target_mapping_1QN, use_mems=False)
+
+    return median_seconds(call, device, repeats=3)
+
+
+def gpt2_token_seconds(length: int, batch: int, device: torch.device, dtype: torch.dtype, n_tokens: int = 24) -> float:
+    """Seconds a step of GPT-2 small (124 M, random weights) in ``generate`` with its cache, sampling, half-way through
+    ``length`` positions."""
+    model = GPT2LMHeadModel(GPT2Config()).to(device, dtype).eval()
+    prompt_BN = torch.randint(0, model.config.vocab_size, (batch, length // 2), device=device)
+
+    def seconds(n_new: int) -> float:
+        settings = {"max_new_tokens": n_new, "min_new_tokens": n_new, "do_sample": True, "pad_token_id": 0}
+        mask_BN = torch.ones_like(prompt_BN)
+        return median_seconds(lambda: model.generate(prompt_BN, attention_mask=mask_BN, **settings), device, repeats=3)
+
+    return (seconds(n_tokens + 1) - seconds(1)) / n_tokens

@@ -1,0 +1,25 @@
+"""Times of calls, the device's work included."""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def median_seconds(call: Callable[[], object], device: torch.device, repeats: int, warm_up: int = 1) -> float:
+    """Median over ``repeats`` calls, after ``warm_up`` that are not counted."""
+    seconds = []
+    for repeat in range(warm_up + repeats):
+        synchronise(device)
+        start = time.perf_counter()
+        call()
+        synchronise(device)
+        if repeat >= warm_up:
+            seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)

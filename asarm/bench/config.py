@@ -1,0 +1,67 @@
+"""Settings of the benchmarks; imports nothing heavy."""
+
+from dataclasses import dataclass, field
+
+from ..config import SamplerConfig, require
+from ..evals.config import WORDS
+
+ARCHITECTURES = {
+    "xlnet-base": {"d_model": 768, "n_layer": 12, "n_head": 12, "d_inner": 3072, "vocab_size": 32000},
+    "xlnet-large": {"d_model": 1024, "n_layer": 24, "n_head": 16, "d_inner": 4096, "vocab_size": 32000},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchDecodeConfig:
+    """Time decoding against what one would use instead.
+
+    Args:
+        size: xlnet-base or xlnet-large (random weights), or a model by name, folder or Hub id.
+        length: positions of a sequence.
+        masked_fraction: share of them that is drawn.
+        k: tokens drafted a round.
+        batch_sizes: sequences decoded together.
+        dtypes: float32, bfloat16.
+        samplers: as in the evaluations.
+        compile: run the network through torch.compile (CUDA graphs on a GPU).
+        rounds: timed rounds at each of four points on the way through a sequence.
+        baseline: time Hugging Face's uncached XLNet and cached GPT-2 small as well.
+        memory_lengths: lengths to measure the peak memory of one sequence at.
+        acceptance_model: a trained model, for the calls per token that random weights cannot show.
+        acceptance_sequences: its sequences of 128 tokens.
+        num_threads: CPU threads (default: all).
+        seed: of weights, masks and samples.
+    """
+
+    size: str = "xlnet-base"
+    length: int = 512
+    masked_fraction: float = 0.95
+    k: int = 5
+    batch_sizes: list[int] = field(default_factory=lambda: [1, 16], metadata=WORDS)
+    dtypes: list[str] = field(default_factory=lambda: ["float32", "bfloat16"], metadata=WORDS)
+    samplers: list[str] = field(default_factory=lambda: ["sequential", "assd", "assd+one-pass"], metadata=WORDS)
+    compile: bool = False
+    rounds: int = 7
+    baseline: bool = True
+    memory_lengths: list[int] = field(default_factory=lambda: [512, 2048], metadata=WORDS)
+    acceptance_model: str = "tiny-english"
+    acceptance_sequences: int = 16
+    num_threads: int | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        require(self.length >= 64, "length", self.length, "at least 64")
+        require(0 < self.masked_fraction <= 1, "masked_fraction", self.masked_fraction, "in (0, 1]")
+        require(self.rounds >= 1, "rounds", self.rounds, "at least 1")
+        require(self.acceptance_sequences >= 1, "acceptance_sequences", self.acceptance_sequences, "at least 1")
+        for name, values, least in (("batch_sizes", self.batch_sizes, 1), ("memory_lengths", self.memory_lengths, 64)):
+            for value in values:
+                require(value >= least, name, value, f"at least {least}")
+        for dtype in self.dtypes:
+            require(dtype in ("float32", "bfloat16"), "dtypes", dtype, "float32 or bfloat16")
+        require(bool(self.samplers), "samplers", self.samplers, "a list of at least one")
+        for name in self.samplers:
+            self.sampler_config(name)
+
+    def sampler_config(self, name: str, compile: bool = False) -> SamplerConfig:
+        return SamplerConfig.named(name, k=self.k, compile=compile)

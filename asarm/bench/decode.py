@@ -1,0 +1,107 @@
+"""What a call costs, how many calls a token takes, and what that makes.
+
+Random weights accept almost every draft, so the two are measured apart: the time of a round at the benchmarked size,
+and the rounds per token of a trained model at the same masked fraction and k. Seconds per token are their product.
+"""
+
+import statistics
+import time
+
+import torch
+from transformers import XLNetConfig
+
+from ..data.datasets import load_text
+from ..data.packing import pack_all
+from ..engine import Engine
+from ..evals.decode import decode
+from ..evals.tasks import mask_rows
+from ..loading import load
+from ..model import AnySubsetLM
+from ..orders import Order
+from ..sampling.decoding import Decoding
+from ..sampling.sample import ROUNDS
+from .clock import median_seconds, synchronise
+from .config import ARCHITECTURES, BenchDecodeConfig
+
+ACCEPTANCE_LENGTH = 128
+POINTS = (0.125, 0.375, 0.625, 0.875)  # of the way through the masked tokens
+CALLS_PER_ROUND = {"assd": 2}  # every other sampler makes one
+
+
+def model_of(config: BenchDecodeConfig, device: torch.device, dtype: str) -> AnySubsetLM:
+    if config.size not in ARCHITECTURES:
+        return load(config.size, dtype=dtype)[0]
+    torch.manual_seed(config.seed)
+    architecture = XLNetConfig(**ARCHITECTURES[config.size], mem_len=None)
+    return AnySubsetLM(architecture).to(device, getattr(torch, dtype)).eval()
+
+
+def acceptance_of(config: BenchDecodeConfig) -> dict[str, dict]:
+    """Calls and rounds per token of every sampler, with a trained model on held-out text, in float32."""
+    model, tokenizer = load(config.acceptance_model)
+    _, documents = load_text("samples", None, None, "validation")
+    rows = [row for row in pack_all(documents, tokenizer, ACCEPTANCE_LENGTH) if len(row) == ACCEPTANCE_LENGTH]
+    tasks = mask_rows(rows[: config.acceptance_sequences], 1 - config.masked_fraction, config.seed)
+    result = {}
+    for name in config.samplers:
+        measures = [m for _, _, m in decode(model, tasks, config.sampler_config(name), config.seed, batch_size=8)]
+        total = {key: sum(m[key] for m in measures) for key in ("masked", "nfe", "rounds")}
+        result[name] = {key: total[key] / total["masked"] for key in ("nfe", "rounds")}
+    return result
+
+
+def streaming_seconds(engine: Engine) -> float:
+    """The least a call can take: one row times every weight matrix that a call reads, and nothing else."""
+    matrices = [
+        p for layer in engine.layers for p in (layer.query, layer.key_value, layer.out, layer.inner, layer.outer)
+    ]
+    matrices.append(engine.vocabulary)
+    row_1E = torch.randn(1, engine.config.d_model, dtype=engine.dtype, device=engine.device)
+    row_1F = torch.randn(1, engine.config.d_inner, dtype=engine.dtype, device=engine.device)
+    wide = {layer.outer for layer in engine.layers}
+
+    @torch.no_grad()
+    def stream() -> None:
+        for matrix in matrices:
+            matrix(row_1F if matrix in wide else row_1E)
+
+    return median_seconds(stream, engine.device, repeats=15, warm_up=3)
+
+
+def cost(config: BenchDecodeConfig, model: AnySubsetLM, name: str, batch_size: int, acceptance: dict) -> dict:
+    """What a round and a call of a sampler take, and with the trained model's acceptance a token."""
+    seconds = statistics.mean(round_seconds(config, model, name, batch_size, point) for point in POINTS)
+    per_token = seconds * acceptance["rounds"]
+    return {
+        "round_seconds": seconds,
+        "call_seconds": seconds / CALLS_PER_ROUND.get(name, 1),
+        "nfe_per_token": acceptance["nfe"],
+        "seconds_per_token": per_token / batch_size,
+        "tokens_per_second": batch_size / per_token,
+    }
+
+
+@torch.no_grad()
+def round_seconds(config: BenchDecodeConfig, model: AnySubsetLM, name: str, batch_size: int, point: float) -> float:
+    """Median time of a round after ``point`` of the masked tokens are drawn."""
+    generator = torch.Generator().manual_seed(config.seed)
+    order_BN = torch.stack([torch.randperm(config.length, generator=generator) for _ in range(batch_size)])
+    n_visible = config.length - round(config.masked_fraction * config.length * (1 - point))
+    order = Order.from_permutation(order_BN, torch.full((batch_size,), n_visible)).to(model.device)
+    ids_BN = torch.randint(0, model.config.vocab_size, order_BN.shape, generator=generator).to(model.device)
+    sampler = config.sampler_config(name, config.compile)
+    state = Decoding(model, ids_BN, order, sampler, config.seed, list(range(batch_size)), batch_size)
+    seconds = []
+
+    def play_round(state: Decoding) -> None:
+        synchronise(model.device)
+        start = time.perf_counter()
+        ROUNDS[name](state)
+        state.remaining_B.tolist()  # what ends a round
+        seconds.append(time.perf_counter() - start)
+        if len(seconds) == 2 + config.rounds:
+            state.settle(state.order.length_B, state.order.length_B, backlog=1)
+
+    for _ in state.run(play_round):
+        pass
+    return statistics.median(seconds[2:] or seconds)
