@@ -17,25 +17,18 @@ class SlotCache:
     """Preallocated slots for ``batch`` sequences of ``length`` positions, for every layer."""
 
     def __init__(self, config: XLNetConfig, batch: int, length: int, dtype: torch.dtype, device: torch.device):
-        shape = (config.n_layer, batch, config.n_head, length + 1, config.d_head)
-        self.key_LBHSD, self.value_LBHSD = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+        shape = (config.n_layer, batch, 2, config.n_head, length + 1, config.d_head)
+        self.key_value_LB2HSD = torch.zeros(shape, dtype=dtype, device=device)
         self.every_B = torch.arange(batch, device=device)
         self.length = length
 
-    def write(
-        self,
-        layer: int,
-        sequence_B: torch.Tensor,
-        rank_BC: torch.Tensor,
-        key_BCHD: torch.Tensor,
-        value_BCHD: torch.Tensor,
-    ) -> None:
+    def write(self, layer: int, sequence_B: torch.Tensor, rank_BC: torch.Tensor, key_value_BC2HD: torch.Tensor) -> None:
         """Store the content rows of the sequences ``sequence_B`` at their ranks."""
-        slots = (sequence_B[:, None], rank_BC)
-        self.key_LBHSD[layer].transpose(1, 2)[slots] = key_BCHD
-        self.value_LBHSD[layer].transpose(1, 2)[slots] = value_BCHD
+        by_slot_BS2HD = self.key_value_LB2HSD[layer].permute(0, 3, 1, 2, 4)
+        by_slot_BS2HD[sequence_B[:, None], rank_BC] = key_value_BC2HD
 
-    def read(self, layer: int, sequence_B: torch.Tensor, n_slots: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def read(self, layer: int, sequence_B: torch.Tensor, n_slots: int) -> tuple[torch.Tensor, ...]:
         """Keys and values [B, H, S, D] of the sequences' first ``n_slots`` slots: views where all are asked for."""
-        rows = slice(None) if sequence_B is self.every_B else sequence_B
-        return self.key_LBHSD[layer, rows, :, :n_slots], self.value_LBHSD[layer, rows, :, :n_slots]
+        every = sequence_B is self.every_B
+        key_value_B2HSD = self.key_value_LB2HSD[layer] if every else self.key_value_LB2HSD[layer, sequence_B]
+        return key_value_B2HSD[:, :, :, :n_slots].unbind(1)

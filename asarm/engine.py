@@ -20,6 +20,7 @@ from .model import AnySubsetLM, Layer
 from .orders import Rows
 
 ROWS_AT_A_TIME = 128  # rows of a prefill whose scores exist at the same time
+FEW_ROWS = 4  # a product of fewer rows takes oneDNN longer than one of this many
 FUSED_ACTIVATIONS = {"gelu": "none", "relu": ""}  # by name, with oneDNN's name of the algorithm
 
 
@@ -76,7 +77,9 @@ class Engine:
         packed = not compile and can_pack(self.device, self.dtype)
         self.layers = [EngineLayer(layer, model.config.ff_activation, packed) for layer in self.trunk.layer]
         self.vocabulary = Projection(model.lm_loss.weight.detach(), model.lm_loss.bias.detach(), None, packed)
-        self.static = compile
+        self.static, self.few_rows = compile, FEW_ROWS if packed else 1
+        self.made_from: list = []
+        self._sources = [p.detach() for p in model.parameters()]  # alive, so that their addresses tell them apart
         mode = "reduce-overhead" if self.device.type == "cuda" else None
         self._decode = torch.compile(self._rows, mode=mode, dynamic=False) if compile else self._rows
         self._relative_keys = (0, torch.empty(0))
@@ -84,8 +87,7 @@ class Engine:
     def new_cache(self, batch: int, length: int) -> SlotCache:
         cache = SlotCache(self.config, batch, length, self.dtype, self.device)
         if self.static:  # a captured graph writes where it was captured
-            torch._dynamo.mark_static_address(cache.key_LBHSD)
-            torch._dynamo.mark_static_address(cache.value_LBHSD)
+            torch._dynamo.mark_static_address(cache.key_value_LB2HSD)
         return cache
 
     def relative_keys(self, length: int) -> torch.Tensor:
@@ -117,38 +119,46 @@ class Engine:
         return self.vocabulary(hidden)
 
     def _rows(self, ids_BC, rows: Rows, order_BN, cache: SlotCache, relative_LHPD, sequence_B, n_slots) -> torch.Tensor:
-        position_BR, limit_BR, rank_BR = rows.position_BR, rows.limit_BR, rows.rank_BR
-        (B, C), (R, N) = ids_BC.shape, (position_BR.shape[1], cache.length)
-        H, D = self.config.n_head, self.config.d_head
-        slot_S = torch.arange(n_slots, device=self.device)
-        hidden_BRS = slot_S >= limit_BR[:, :, None]
-        bias_B1RS = torch.zeros(hidden_BRS.shape, dtype=self.dtype, device=self.device)
-        bias_B1RS = bias_B1RS.masked_fill_(hidden_BRS, torch.finfo(self.dtype).min)[:, None]
-        relative_B1RS = (N - 1 - position_BR.clamp(max=N - 1)[:, :, None] + order_BN[:, None, :n_slots])[:, None]
+        (B, C), N = ids_BC.shape, cache.length
+        H, D, n_query = self.config.n_head, self.config.d_head, rows.position_BR.shape[1] - C
+        few = -(-self.few_rows // B)  # rows that see nothing are added up to here
+        padding = (0, max(0, few - C - n_query))
+        position_BR, limit_BR = F.pad(rows.position_BR, padding, value=N), F.pad(rows.limit_BR, padding)
+        R = position_BR.shape[1]
+        blind_BRS = torch.arange(n_slots, device=self.device) >= limit_BR[:, :, None]
+        bias_BRS = torch.zeros(blind_BRS.shape, dtype=self.dtype, device=self.device)
+        bias_B1RS = bias_BRS.masked_fill_(blind_BRS, torch.finfo(self.dtype).min)[:, None]
+        relative_BRS = N - 1 - position_BR.clamp(max=N - 1)[:, :, None] + order_BN[:, None, :n_slots]
+        relative_BHRS = relative_BRS[:, None].expand(B, H, R, n_slots)
         sees_BR1 = (limit_BR > 0).to(self.dtype)[:, :, None]  # a row that sees nothing has zero attention output
+        rank_BC, by_row = rows.rank_BR[:, :C], (bias_B1RS, relative_BHRS)
 
         content_BCE = F.embedding(ids_BC, self.trunk.word_embedding.weight)
         x_BRE = torch.cat([content_BCE, self.trunk.mask_emb.expand(B, R - C, -1)], dim=1)
-        parts = (bias_B1RS, relative_B1RS)
         for index, layer in enumerate(self.layers):
-            key_value_BC2HD = layer.key_value(x_BRE[:, :C]).view(B, C, 2, H, D)
-            cache.write(index, sequence_B, rank_BR[:, :C], *key_value_BC2HD.unbind(2))
-            if index == len(self.layers) - 1 and R > C + 1:  # nothing reads the content rows' last hidden states
-                x_BRE, sees_BR1, *parts = (t[..., C:, :] for t in (x_BRE, sees_BR1, *parts))
+            key_value_BC2HD = layer.key_value(x_BRE[:, : max(C, few)])[:, :C].view(B, C, 2, H, D)
+            cache.write(index, sequence_B, rank_BC, key_value_BC2HD)
+            if index == len(self.layers) - 1 and max(2, few) <= R - C:  # nothing reads the content rows' last states
+                x_BRE, sees_BR1, *by_row = (t[..., C:, :] for t in (x_BRE, sees_BR1, *by_row))
             key_value_BHSD = cache.read(index, sequence_B, n_slots)
-            chunks = zip(*(t.split(ROWS_AT_A_TIME, dim=-2) for t in (x_BRE, *parts)), strict=True)
-            attended = [self._attend(layer, *key_value_BHSD, relative_LHPD[index], *chunk) for chunk in chunks]
-            attended_BRX = torch.cat(attended, dim=1) if len(attended) > 1 else attended[0]
+            attended_BRX = self._attend(layer, *key_value_BHSD, relative_LHPD[index], x_BRE, *by_row)
             x_BRE = layer.attention_norm(layer.out(attended_BRX * sees_BR1, x_BRE))
             x_BRE = layer.ff_norm(layer.outer(layer.inner(x_BRE), x_BRE))
-        return x_BRE[:, x_BRE.shape[1] - (R - C) :]
+        first = C - (R - x_BRE.shape[1])
+        return x_BRE[:, first : first + n_query]
 
-    def _attend(self, layer, key_BHSD, value_BHSD, relative_HPD, x_BRE, bias_B1RS, relative_B1RS) -> torch.Tensor:
+    def _attend(self, layer, key_BHSD, value_BHSD, relative_HPD, x_BRE, bias_B1RS, relative_BHRS) -> torch.Tensor:
+        if x_BRE.shape[1] > ROWS_AT_A_TIME:
+            by_row = (t.split(ROWS_AT_A_TIME, dim=-2) for t in (x_BRE, bias_B1RS, relative_BHRS))
+            parts = [
+                self._attend(layer, key_BHSD, value_BHSD, relative_HPD, *part) for part in zip(*by_row, strict=True)
+            ]
+            return torch.cat(parts, dim=1)
         (B, R, _), (H, D) = x_BRE.shape, (self.config.n_head, self.config.d_head)
         q_BHRD = layer.query(x_BRE).view(B, R, H, D).transpose(1, 2)
         q_HXD = (q_BHRD + layer.to_relative_H1D).transpose(0, 1).reshape(H, B * R, D)
-        score_BHRP = (q_HXD @ relative_HPD.transpose(1, 2)).view(H, B, R, -1).transpose(0, 1)
-        score_BHRS = score_BHRP.gather(3, relative_B1RS.expand(-1, H, -1, -1)) + bias_B1RS
+        score_BHRP = torch.bmm(q_HXD, relative_HPD.transpose(1, 2)).view(H, B, R, -1).transpose(0, 1)
+        score_BHRS = score_BHRP.gather(3, relative_BHRS).add_(bias_B1RS)
         out_BHRD = F.scaled_dot_product_attention(q_BHRD, key_BHSD, value_BHSD, attn_mask=score_BHRS)
         return out_BHRD.transpose(1, 2).flatten(2)
 
@@ -158,9 +168,9 @@ _ENGINES: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 def engine_of(model: AnySubsetLM, compile: bool = False) -> Engine:
     """The engine of ``model``; made again where its weights were changed, moved or converted since."""
-    state = [compile, *((p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters())]
-    kept_state, engine = _ENGINES.get(model, (None, None))
-    if state != kept_state:
-        engine = Engine(model, compile)
-        _ENGINES[model] = (state, engine)
-    return engine
+    kept = _ENGINES.setdefault(model, {})
+    state = [(p.data_ptr(), p.dtype, 0 if p.is_inference() else p._version) for p in model.parameters()]
+    if compile not in kept or kept[compile].made_from != state:
+        kept[compile] = Engine(model, compile)
+        kept[compile].made_from = state
+    return kept[compile]

@@ -32,14 +32,14 @@ def batch(prompt, B):
     return ids_BN, Order.from_visible(visible_BN)
 
 
-def enumerated(model, prompt) -> tuple[torch.Tensor, list[int]]:
+def enumerated(model, prompt, law=None) -> tuple[torch.Tensor, list[int]]:
     """Probability of every completion of ``prompt``, in lexicographic order, and the masked positions."""
     masked = [i for i, t in enumerate(prompt) if t is None]
     cells = torch.tensor(list(itertools.product(range(V), repeat=len(masked))))
     ids_BN, order = batch(prompt, len(cells))
     ids_BN = ids_BN.clone()
     ids_BN[:, masked] = cells
-    return joint_log_prob(model, ids_BN, order, Law(TEMPERATURE, BANNED)).exp(), masked
+    return joint_log_prob(model, ids_BN, order, law or Law(TEMPERATURE, BANNED)).exp(), masked
 
 
 def p_value(model, prompt, config: SamplerConfig, table) -> float:
@@ -79,6 +79,32 @@ def test_sampler_has_the_law_of_the_model(model, config, prompt):
     assert p_value(model, prompt, config, enumerated(model, prompt)) > FALSE_ALARM
 
 
+@pytest.mark.parametrize("name", ["sequential", "assd", "assd+one-pass", "assd-ngram"])
+@pytest.mark.parametrize("cut", [{"top_k": 3}, {"top_p": 0.7}, {"top_k": 4, "top_p": 0.9}], ids=str)
+def test_truncation_is_the_same_in_draft_and_target(model, name, cut):
+    prompt, config = PROMPTS["ends given"], SamplerConfig.named(name, k=3, temperature=TEMPERATURE, **cut)
+    assert p_value(model, prompt, config, enumerated(model, prompt, Law(TEMPERATURE, BANNED, **cut))) > FALSE_ALARM
+
+
+def test_the_law_without_truncation_is_another(model):
+    prompt, config = PROMPTS["one given"], SamplerConfig("assd", k=3, temperature=TEMPERATURE)
+    assert p_value(model, prompt, config, enumerated(model, prompt, Law(TEMPERATURE, BANNED, top_k=4))) < FALSE_ALARM
+
+
+@pytest.mark.parametrize("name", ["assd", "assd+one-pass", "assd-ngram"])
+def test_a_temperature_of_the_draft_alone_keeps_the_law_of_temperature_one(model, name):
+    prompt = PROMPTS["one given"]
+    config = SamplerConfig.named(name, k=3, temperature=0.4, draft_only_temperature=True)
+    assert p_value(model, prompt, config, enumerated(model, prompt, Law(1.0, BANNED))) > FALSE_ALARM
+
+
+@pytest.mark.parametrize("name", ["assd", "assd+one-pass"])
+def test_slack_in_the_acceptance_loses_the_law_and_says_so(model, name):
+    prompt, config = PROMPTS["one given"], SamplerConfig.named(name, k=3, temperature=TEMPERATURE, accept_slack=0.2)
+    assert p_value(model, prompt, config, enumerated(model, prompt)) < FALSE_ALARM
+    assert not config.lossless and SamplerConfig.named(name).lossless
+
+
 def test_parallel_sampling_is_biased(model):
     prompt, config = PROMPTS["one given"], SamplerConfig("parallel", k=3, temperature=TEMPERATURE)
     assert p_value(model, prompt, config, enumerated(model, prompt)) < FALSE_ALARM
@@ -104,6 +130,16 @@ def _mask_mass_not_renormalised(monkeypatch):
 
 
 def _shared_random_numbers(monkeypatch):
+    """Every rank of a sequence uses the same three numbers."""
+    original = decoding.rank_uniforms
+
+    def shared(seed, indices, n_ranks, n_columns):
+        return original(seed, indices, 1, n_columns).expand(-1, -1, n_ranks)
+
+    monkeypatch.setattr(decoding, "rank_uniforms", shared)
+
+
+def _draft_and_target_share_their_numbers(monkeypatch):
     original = decoding.rank_uniforms
 
     def shared(seed, indices, n_ranks, n_columns):
@@ -123,6 +159,7 @@ PLANTS = [
     ("assd-ngram", _no_residual),
     ("assd-ngram", _mask_mass_not_renormalised),
     ("assd-ngram", _shared_random_numbers),
+    ("assd-ngram", _draft_and_target_share_their_numbers),
 ]  # a draft temperature of its own leaves a draft of which every token is tested lossless
 
 

@@ -62,6 +62,15 @@ def test_emitted_log_prob_equals_rescoring_by_the_density(model, name, k, bonus_
     assert done.ids_BN[order.target_BN].ne(3).all()
 
 
+@pytest.mark.parametrize("name", ["assd", "assd+one-pass", "assd-ngram"])
+def test_a_draft_temperature_keeps_the_bound_and_the_log_prob(model, name):
+    ids_BN, order = ragged(seed=7)
+    config = SamplerConfig.named(name, k=3, temperature=0.5, draft_only_temperature=True)
+    done = sample(model, ids_BN, order, config, seed=2)
+    assert (done.logp_B - joint_log_prob(model, done.ids_BN, order, Law(1.0, (0,)))).abs().max() < 1e-4
+    assert (done.nfe_B <= order.n_masked_B).all()
+
+
 @pytest.mark.parametrize(("name", "k"), EXACT[1:])
 def test_greedy_speculation_equals_greedy_sequential_token_for_token(model, name, k):
     ids_BN, order = ragged(seed=3)

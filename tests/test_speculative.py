@@ -89,6 +89,17 @@ def test_greedy_decoding_is_scored_under_the_model(tmp_path):
     assert json.loads((tmp_path / "summary.json").read_text())["samplers"]["parallel"]["log_prob_per_token"] < 0
 
 
+def test_lossy_samplers_are_marked_in_every_record(tmp_path):
+    config = SpeculativeConfig(
+        output_dir=str(tmp_path), accept_slack=0.1, top_k=20, **SMALL | {"num_sequences": 2, "max_length": 16}
+    )
+    summary = evaluate(config)
+    lossless = {name: row["lossless"] for name, row in summary["samplers"].items()}
+    assert lossless == {name: name == "sequential" for name in lossless}
+    assert all(record["lossless"] == (name == "sequential") for (name, _), record in records(tmp_path).items())
+    assert "assd (lossy)" in report(summary) and "sequential (lossy)" not in report(summary)
+
+
 def test_bfloat16_runs_every_sampler(tmp_path):
     summary = evaluate(
         SpeculativeConfig(output_dir=str(tmp_path), dtype="bfloat16", **SMALL | {"num_sequences": 2, "max_length": 24})

@@ -9,7 +9,8 @@ from .clock import median_seconds
 def xlnet_call_seconds(
     config: XLNetConfig, length: int, n_query: int, device: torch.device, dtype: torch.dtype
 ) -> float:
-    """One call of ``XLNetLMHeadModel`` as the paper's code makes it: every position recomputed, ``n_query`` predicted."""
+    """One call of ``XLNetLMHeadModel`` as the paper's code makes it: every position recomputed, ``n_query``
+    predicted."""
     model = XLNetLMHeadModel(XLNetConfig(**config.to_dict())).to(device, dtype).eval()
     encode = model.transformer.relative_positional_encoding
     # Hugging Face computes the sinusoids in float32 whatever the weights are, and then fails to multiply them

@@ -9,6 +9,8 @@ ARCHITECTURES = {
     "xlnet-base": {"d_model": 768, "n_layer": 12, "n_head": 12, "d_inner": 3072, "vocab_size": 32000},
     "xlnet-large": {"d_model": 1024, "n_layer": 24, "n_head": 16, "d_inner": 4096, "vocab_size": 32000},
 }
+POINTS = (0.2, 0.4, 0.6, 0.8)  # of the way through the masked tokens: where rounds are timed
+WARM_UP = 2  # rounds that are not counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +43,7 @@ class BenchDecodeConfig:
     dtypes: list[str] = field(default_factory=lambda: ["float32", "bfloat16"], metadata=WORDS)
     samplers: list[str] = field(default_factory=lambda: ["sequential", "assd", "assd+one-pass"], metadata=WORDS)
     compile: bool = False
-    rounds: int = 7
+    rounds: int = 4
     baseline: bool = True
     memory_lengths: list[int] = field(default_factory=lambda: [512, 2048], metadata=WORDS)
     acceptance_model: str = "tiny-english"
@@ -54,14 +56,22 @@ class BenchDecodeConfig:
         require(0 < self.masked_fraction <= 1, "masked_fraction", self.masked_fraction, "in (0, 1]")
         require(self.rounds >= 1, "rounds", self.rounds, "at least 1")
         require(self.acceptance_sequences >= 1, "acceptance_sequences", self.acceptance_sequences, "at least 1")
-        for name, values, least in (("batch_sizes", self.batch_sizes, 1), ("memory_lengths", self.memory_lengths, 64)):
-            for value in values:
-                require(value >= least, name, value, f"at least {least}")
+        for batch_size in self.batch_sizes:
+            require(batch_size >= 1, "batch_sizes", batch_size, "at least 1")
+        left, most = round(self.masked_fraction * self.length * (1 - POINTS[-1])), self.most_drawn(self.rounds)
+        require(left >= most, "rounds", self.rounds, f"fewer: they draw up to {most} tokens where {left} are left")
+        least = round(self.most_drawn(rounds=1) / (1 - POINTS[-1]))
+        for length in self.memory_lengths:
+            require(length >= least, "memory_lengths", length, f"at least {least} with k = {self.k}")
         for dtype in self.dtypes:
             require(dtype in ("float32", "bfloat16"), "dtypes", dtype, "float32 or bfloat16")
         require(bool(self.samplers), "samplers", self.samplers, "a list of at least one")
         for name in self.samplers:
             self.sampler_config(name)
+
+    def most_drawn(self, rounds: int) -> int:
+        """The most tokens that the rounds at one point draw: two to warm up, and two times ``rounds``."""
+        return (WARM_UP + 2 * rounds) * (self.k + 1)
 
     def sampler_config(self, name: str, compile: bool = False) -> SamplerConfig:
         return SamplerConfig.named(name, k=self.k, compile=compile)

@@ -6,6 +6,7 @@ and the rounds per token of a trained model at the same masked fraction and k. S
 
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
 from transformers import XLNetConfig
@@ -21,10 +22,9 @@ from ..orders import Order
 from ..sampling.decoding import Decoding
 from ..sampling.sample import ROUNDS
 from .clock import median_seconds, synchronise
-from .config import ARCHITECTURES, BenchDecodeConfig
+from .config import ARCHITECTURES, POINTS, WARM_UP, BenchDecodeConfig
 
 ACCEPTANCE_LENGTH = 128
-POINTS = (0.125, 0.375, 0.625, 0.875)  # of the way through the masked tokens
 CALLS_PER_ROUND = {"assd": 2}  # every other sampler makes one
 
 
@@ -69,21 +69,48 @@ def streaming_seconds(engine: Engine) -> float:
 
 
 def cost(config: BenchDecodeConfig, model: AnySubsetLM, name: str, batch_size: int, acceptance: dict) -> dict:
-    """What a round and a call of a sampler take, and with the trained model's acceptance a token."""
-    seconds = statistics.mean(round_seconds(config, model, name, batch_size, point) for point in POINTS)
+    """What a round and a network call of a sampler take, and with the trained model's acceptance a token."""
+    times = [round_seconds(config, model, name, batch_size, point) for point in POINTS]
+    seconds, call_seconds = (statistics.mean(column) for column in zip(*times, strict=True))
     per_token = seconds * acceptance["rounds"]
     return {
         "round_seconds": seconds,
-        "call_seconds": seconds / CALLS_PER_ROUND.get(name, 1),
+        "call_seconds": call_seconds,
         "nfe_per_token": acceptance["nfe"],
         "seconds_per_token": per_token / batch_size,
         "tokens_per_second": batch_size / per_token,
     }
 
 
+class Stopwatch:
+    """An engine that notes how long its calls take, vocabulary projection included."""
+
+    def __init__(self, engine: Engine):
+        self.engine, self.seconds = engine, 0.0
+
+    def _timed(self, work: Callable, *arguments) -> torch.Tensor:
+        synchronise(self.engine.device)
+        start = time.perf_counter()
+        result = work(*arguments)
+        synchronise(self.engine.device)
+        self.seconds += time.perf_counter() - start
+        return result
+
+    def __call__(self, *arguments) -> torch.Tensor:
+        return self._timed(self.engine, *arguments)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self._timed(self.engine.logits, hidden)
+
+
 @torch.no_grad()
-def round_seconds(config: BenchDecodeConfig, model: AnySubsetLM, name: str, batch_size: int, point: float) -> float:
-    """Median time of a round after ``point`` of the masked tokens are drawn."""
+def round_seconds(
+    config: BenchDecodeConfig, model: AnySubsetLM, name: str, batch_size: int, point: float
+) -> tuple[float, float]:
+    """Median times of a round, and of a network call of it, after ``point`` of the masked tokens are drawn.
+
+    The calls are timed in rounds of their own, which wait for the device around each.
+    """
     generator = torch.Generator().manual_seed(config.seed)
     order_BN = torch.stack([torch.randperm(config.length, generator=generator) for _ in range(batch_size)])
     n_visible = config.length - round(config.masked_fraction * config.length * (1 - point))
@@ -91,17 +118,24 @@ def round_seconds(config: BenchDecodeConfig, model: AnySubsetLM, name: str, batc
     ids_BN = torch.randint(0, model.config.vocab_size, order_BN.shape, generator=generator).to(model.device)
     sampler = config.sampler_config(name, config.compile)
     state = Decoding(model, ids_BN, order, sampler, config.seed, list(range(batch_size)), batch_size)
-    seconds = []
+    engine, calls = Stopwatch(state.engine), CALLS_PER_ROUND.get(name, 1)
+    rounds, call_times = [], []
 
     def play_round(state: Decoding) -> None:
         synchronise(model.device)
         start = time.perf_counter()
         ROUNDS[name](state)
         state.remaining_B.tolist()  # what ends a round
-        seconds.append(time.perf_counter() - start)
-        if len(seconds) == 2 + config.rounds:
+        if state.engine is engine:
+            call_times.append(engine.seconds / calls)
+            engine.seconds = 0.0
+        else:
+            rounds.append(time.perf_counter() - start)
+        if len(rounds) == WARM_UP + config.rounds:
+            state.engine = engine
+        if len(call_times) == config.rounds:
             state.settle(state.order.length_B, state.order.length_B, backlog=1)
 
     for _ in state.run(play_round):
         pass
-    return statistics.median(seconds[2:] or seconds)
+    return statistics.median(rounds[WARM_UP:]), statistics.median(call_times)

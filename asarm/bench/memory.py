@@ -10,14 +10,14 @@ import psutil
 import torch
 
 from ..engine import engine_of
-from .config import BenchDecodeConfig
+from .config import POINTS, BenchDecodeConfig
 from .decode import model_of, round_seconds
 
 
 def memory_of(config: BenchDecodeConfig, device: torch.device, dtype: str, length: int) -> dict[str, int]:
     """Bytes of the weights, and the most that decoding a sequence of ``length`` positions (``assd``, batch 1) adds to
     what the model takes: its cache, the relative-position keys, and what a prefill and a round allocate."""
-    config = replace(config, length=length, rounds=1)
+    config = replace(config, length=length, rounds=1, masked_fraction=1.0)
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(_measure, config, device, dtype).result()
 
@@ -28,7 +28,7 @@ def _measure(config: BenchDecodeConfig, device: torch.device, dtype: str) -> dic
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
 
     def decode() -> None:
-        for point in (0.0, 0.95):  # a short prompt and a long one
+        for point in (0.05, POINTS[-1]):  # a short prompt and a long one
             round_seconds(config, model, "assd", 1, point)
 
     return {"weights": weights, "peak": _cuda_peak(decode) if device.type == "cuda" else _process_peak(decode)}

@@ -60,8 +60,8 @@ def report(result: dict) -> str:
         f"{result['threads']} CPU threads, {result['provenance']['device']}; calls per token from "
         f"{config['acceptance_model']} ({config['acceptance_sequences']} x {ACCEPTANCE_LENGTH} tokens)",
         "",
-        "| dtype | batch | sampler | ms/call | x streaming | x faster than uncached call | NFE/token | ms/token | tokens/s "
-        "| x faster than uncached, same NFE |",
+        "| dtype | batch | sampler | ms/call | call / streaming | uncached / call | NFE/token | ms/token | tokens/s "
+        "| uncached / token |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:
