@@ -115,8 +115,6 @@ class DraftHead(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, nn.Linear):
             init.normal_(module.weight, mean=0.0, std=module.in_features**-0.5)
-        elif isinstance(module, DraftHead):
-            init.zeros_(module.correction.weight)
 
     @classmethod
     def for_trunk(cls, trunk: AnySubsetLM, width: int = 256, n_head: int = 4, rank: int = 128) -> "DraftHead":
@@ -138,6 +136,7 @@ class DraftHead(PreTrainedModel):
         direction_EE = torch.linalg.eigh(weight_VE.T @ weight_VE).eigenvectors.flip(1)
         weight_VX = weight_VE @ direction_EE[:, :rank]
         with torch.no_grad():
+            head.correction.weight.zero_()
             head.vocabulary.weight.copy_(weight_VX)
             head.token.weight.copy_(weight_VX / weight_VX.square().mean().sqrt())
         return head
