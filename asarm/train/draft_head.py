@@ -94,7 +94,9 @@ def make_windows(model: AnySubsetLM, ids_BN: torch.Tensor, order: Order, uniform
     )
 
 
-def divergences(teacher_logits: torch.Tensor, draft_logits: torch.Tensor, banned_id: int) -> tuple:
+def divergences(
+    teacher_logits: torch.Tensor, draft_logits: torch.Tensor, banned_id: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """KL(teacher, draft) and total variation of the laws of logits [..., V] at temperature 1 in float32, each [...]."""
     banned = torch.tensor([banned_id], device=draft_logits.device)
     teacher_logp, draft_logp = (
