@@ -254,16 +254,17 @@ def test_training_raises_acceptance_and_the_head_loads(head_run):
     assert head.correction.weight.abs().max() > 0
 
 
-def test_resume_equals_an_uninterrupted_run_bit_for_bit(head_run, tmp_path, monkeypatch):
+@pytest.mark.parametrize("stop_at", [2, 8])  # before the first checkpoint and after it
+def test_resume_equals_an_uninterrupted_run_bit_for_bit(head_run, tmp_path, monkeypatch, stop_at):
     whole = train_draft_head(replace(head_run, output_dir=str(tmp_path / "whole")))
     original = training.accumulate_head_gradients
 
-    def stop_at_eight(*arguments):
-        if arguments[4] == 8:
+    def interrupted(*arguments):
+        if arguments[4] == stop_at:
             raise KeyboardInterrupt
         return original(*arguments)
 
-    monkeypatch.setattr(training, "accumulate_head_gradients", stop_at_eight)
+    monkeypatch.setattr(training, "accumulate_head_gradients", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train_draft_head(head_run)
     monkeypatch.setattr(training, "accumulate_head_gradients", original)

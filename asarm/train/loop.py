@@ -96,7 +96,7 @@ def begin_records(out: Path, config: TrainConfig | TrainHeadConfig, start: int) 
     write_json(out / "provenance.json", provenance() | {"first_step": start})
     for log in (out / "metrics.jsonl", out / HELD_OUT_LOG):
         if logged := read_lines(log):
-            write_atomic(log, "".join(json.dumps(r) + "\n" for r in logged if r["step"] <= start))
+            write_atomic(log, "".join(json.dumps(r) + "\n" for r in logged if start and r["step"] <= start))
 
 
 def restore(
