@@ -1,4 +1,4 @@
-"""``python -m asarm``: infill, score, train, the evaluations and the benchmarks.
+"""``python -m asarm``: infill, score, train, train-draft-head, the evaluations and the benchmarks.
 
 Every command takes ``--config FILE.yaml``, overridden by ``--key value``; ``--print_config`` shows the result. A
 mistake of the user's is one line on standard error and exit status 2.
@@ -14,7 +14,7 @@ import docstring_parser
 from jsonargparse import ActionConfigFile, ActionYesNo, ArgumentParser
 
 from .bench.config import BenchDecodeConfig
-from .config import TrainConfig
+from .config import TrainConfig, TrainHeadConfig
 from .errors import ConfigError, UserError
 from .evals.config import (
     CodeInfillConfig,
@@ -72,6 +72,12 @@ def run_train(config: TrainConfig) -> None:
     print(f"final checkpoint: {train(config)}")
 
 
+def run_train_draft_head(config: TrainHeadConfig) -> None:
+    from .train.draft_head import train_draft_head
+
+    print(f"draft head: {train_draft_head(config)}/draft_head")
+
+
 def run_eval_speculative(config: SpeculativeConfig) -> None:
     from .evals.speculative import evaluate, report
 
@@ -108,6 +114,7 @@ COMMANDS = {
     "infill": (InfillConfig, run_infill),
     "score": (ScoreConfig, run_score),
     "train": (TrainConfig, run_train),
+    "train-draft-head": (TrainHeadConfig, run_train_draft_head),
 }
 DESCRIPTION = (
     "Any-subset autoregressive models. Evaluations: python -m asarm eval --help. "

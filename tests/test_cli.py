@@ -36,6 +36,7 @@ def tiny():
         ["infill"],
         ["score"],
         ["train"],
+        ["train-draft-head"],
         ["eval"],
         ["eval", "speculative"],
         ["eval", "nlp-infill"],

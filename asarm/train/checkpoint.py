@@ -7,14 +7,12 @@ from pathlib import Path
 
 import torch
 
-from ..model import AnySubsetLM
-
 STEP_DIR = re.compile(r"step-(\d+)$")
 KEPT = 2  # newest checkpoints that are not pruned
 
 
 def save_checkpoint(
-    folder: Path, step: int, model: AnySubsetLM, optimizer: torch.optim.Optimizer, config: dict
+    folder: Path, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer, config: dict
 ) -> Path:
     """Write ``folder/step-NNNNNNN`` under another name and rename it when it is complete; prune the oldest."""
     final = folder / f"step-{step:07d}"

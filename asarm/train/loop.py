@@ -1,7 +1,8 @@
-"""The training loop: rows, joint loss, AdamW, metrics, checkpoints."""
+"""The training loop: rows, joint loss, AdamW, metrics, checkpoints. A draft head is trained with the same steps."""
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from tqdm import tqdm
 from transformers import XLNetConfig
 
-from ..config import TrainConfig
+from ..config import TrainConfig, TrainHeadConfig
 from ..data.packing import PackedRows
 from ..data.sources import read_documents
 from ..errors import ConfigError, OutputDirError
@@ -22,6 +23,8 @@ from ..runlog import append_line, prepare_output_dir, provenance, read_lines, wr
 from .checkpoint import checkpoints, load_newest, save_checkpoint
 from .objective import accumulate_gradients, step_batch
 from .schedule import lr_factor, masking_range
+
+HELD_OUT_LOG = "held_out.jsonl"
 
 
 def build_model(config: TrainConfig, vocab_size: int) -> AnySubsetLM:
@@ -38,7 +41,7 @@ def build_model(config: TrainConfig, vocab_size: int) -> AnySubsetLM:
         raise ConfigError(f"architecture {config.architecture}: {error}") from error
 
 
-def build_optimizer(model: AnySubsetLM, config: TrainConfig) -> torch.optim.AdamW:
+def build_optimizer(model: torch.nn.Module, config: TrainConfig | TrainHeadConfig) -> torch.optim.AdamW:
     """AdamW; weight decay on matrices only."""
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
@@ -51,9 +54,7 @@ def build_optimizer(model: AnySubsetLM, config: TrainConfig) -> torch.optim.Adam
 
 def train(config: TrainConfig) -> Path:
     """Run (or, with ``resume``, go on with) a training run; returns the folder of the final checkpoint."""
-    out = prepare_output_dir(config.output_dir)
-    if not config.resume and (checkpoints(out / "checkpoints") or (out / "final").exists()):
-        raise OutputDirError(f"{out} already holds a run; go on with it with --resume, or choose another --output_dir")
+    out = open_run(config)
     documents = [d for name in config.data.files for d in read_documents(name)]
     tokenizer = load_tokenizer(config.model, config.revision, config.tokenizer)
     if config.num_threads:
@@ -67,18 +68,40 @@ def train(config: TrainConfig) -> Path:
     start = restore(out, config, model, optimizer) if config.resume else 0
     rows = PackedRows(documents, tokenizer, config.data.max_length, config.seed, config.data.source_weights)
 
-    write_atomic(out / "config.yaml", yaml.safe_dump(asdict(config), sort_keys=False))
-    write_json(out / "provenance.json", provenance() | {"first_step": start})
-    logged = [r for r in read_lines(out / "metrics.jsonl") if r["step"] <= start]  # later steps are run again
-    write_atomic(out / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in logged))
-    _steps(config, out, model, optimizer, rows, start)
+    def compute(step: int) -> dict:
+        batch = step_batch(rows, step, config.optimizer.rows_per_step, config.masking, config.seed)
+        low, high = masking_range(step, config.masking)
+        loss = accumulate_gradients(model, batch, rows_per_pass, config.optimizer.precision)
+        return {"loss": loss, "masking_low": low, "masking_high": high}
+
+    begin_records(out, config, start)
+    run_steps(config, out, model, optimizer, compute, start)
     final = out / "final"
     model.eval().save_pretrained(final)
     tokenizer.backend.save(str(final / "tokenizer.json"))
     return final
 
 
-def restore(out: Path, config: TrainConfig, model: AnySubsetLM, optimizer: torch.optim.Optimizer) -> int:
+def open_run(config: TrainConfig | TrainHeadConfig) -> Path:
+    """The output folder; one that holds a run already is refused unless the run is resumed."""
+    out = prepare_output_dir(config.output_dir)
+    if not config.resume and (checkpoints(out / "checkpoints") or (out / "final").exists()):
+        raise OutputDirError(f"{out} already holds a run; go on with it with --resume, or choose another --output_dir")
+    return out
+
+
+def begin_records(out: Path, config: TrainConfig | TrainHeadConfig, start: int) -> None:
+    """Write the settings and the provenance, and drop what was logged after ``start``: those steps are run again."""
+    write_atomic(out / "config.yaml", yaml.safe_dump(asdict(config), sort_keys=False))
+    write_json(out / "provenance.json", provenance() | {"first_step": start})
+    for log in (out / "metrics.jsonl", out / HELD_OUT_LOG):
+        if logged := read_lines(log):
+            write_atomic(log, "".join(json.dumps(r) + "\n" for r in logged if start and r["step"] <= start))
+
+
+def restore(
+    out: Path, config: TrainConfig | TrainHeadConfig, model: torch.nn.Module, optimizer: torch.optim.Optimizer
+) -> int:
     """Load the newest checkpoint of the run, if any; returns the step to go on with."""
     state = load_newest(out / "checkpoints")
     if state is None:
@@ -99,16 +122,25 @@ def restore(out: Path, config: TrainConfig, model: AnySubsetLM, optimizer: torch
     return state["step"]
 
 
-def _steps(config: TrainConfig, out: Path, model, optimizer, rows: PackedRows, start: int) -> None:
-    o, n_rows = config.optimizer, config.optimizer.rows_per_step
+def run_steps(
+    config: TrainConfig | TrainHeadConfig,
+    out: Path,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    compute: Callable[[int], dict],
+    start: int,
+    after: Callable[[int], None] = lambda done: None,
+) -> None:
+    """The steps from ``start`` on: ``compute(step)`` leaves gradients behind and returns what is logged ("loss" and
+    more); ``after(steps done)`` is called after each."""
+    o = config.optimizer
     bar = tqdm(total=o.steps, initial=start, unit="step", desc="train", smoothing=0.05)
     clock, clock_step = time.perf_counter(), start
     for step in range(start, o.steps):
         lr = o.lr * lr_factor(step, o)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        batch = step_batch(rows, step, n_rows, config.masking, config.seed)
-        loss = accumulate_gradients(model, batch, o.rows_per_pass, o.precision)
+        measured = compute(step)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), o.grad_clip).item()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -116,19 +148,12 @@ def _steps(config: TrainConfig, out: Path, model, optimizer, rows: PackedRows, s
         done = step + 1
         if done % config.log_every == 0 or done == o.steps:
             seconds = time.perf_counter() - clock
-            low, high = masking_range(step, config.masking)
-            record = {
-                "step": done,
-                "loss": loss,
-                "grad_norm": grad_norm,
-                "lr": lr,
-                "masking_low": low,
-                "masking_high": high,
-                "tokens_per_second": (done - clock_step) * n_rows * rows.max_length / seconds,
-            }
-            append_line(out / "metrics.jsonl", record)
-            bar.set_postfix(loss=f"{loss:.3f}", tok_s=f"{record['tokens_per_second']:.0f}")
+            tokens_per_second = (done - clock_step) * o.rows_per_step * config.data.max_length / seconds
+            record = {"step": done, "grad_norm": grad_norm, "lr": lr, "tokens_per_second": tokens_per_second}
+            append_line(out / "metrics.jsonl", measured | record)
+            bar.set_postfix(loss=f"{measured['loss']:.3f}", tok_s=f"{tokens_per_second:.0f}")
             clock, clock_step = time.perf_counter(), done
+        after(done)
         if done % config.checkpoint_every == 0 or done == o.steps:
             save_checkpoint(out / "checkpoints", done, model, optimizer, asdict(config))
     bar.close()
