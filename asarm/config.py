@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 
 from .errors import ConfigError
 
-SAMPLERS = ("sequential", "assd", "assd-ngram", "parallel")
+SAMPLERS = ("sequential", "assd", "assd-head", "assd-ngram", "parallel")
 ONE_PASS = "+one-pass"
-ONE_PASS_SAMPLERS = ("assd",)
+ONE_PASS_SAMPLERS = ("assd", "assd-head")
 
 
 def require(ok: bool, name: str, value: object, rule: str) -> None:
@@ -23,15 +23,16 @@ class SamplerConfig:
     """How masked tokens are drawn.
 
     Args:
-        name: sequential (one token a call), assd (self draft), assd-ngram (context bigram draft) or parallel (biased
-            baseline).
-        k: tokens drafted a round (assd, assd-ngram) or drawn a call (parallel).
+        name: sequential (one token a call), assd (self draft), assd-head (draft head of the model), assd-ngram (context
+            bigram draft) or parallel (biased baseline).
+        k: tokens drafted a round (assd forms) or drawn a call (parallel).
         temperature: of the distribution that is sampled from, above 0.
         greedy: always the most likely token.
         top_k: draw only from so many most likely tokens.
         top_p: draw only from the fewest tokens that hold this share of the probability.
         bonus_token: after k accepted drafts, draw one more from the verification pass.
-        one_pass: draft in the pass that verifies the drafts before, one call a round (assd only; default: on a GPU,
+        one_pass: draft in the pass that verifies the drafts before, one call a round (assd and assd-head; default: on
+            a GPU,
             where a call's time hardly depends on its rows, and not on a CPU, where it does).
         draft_only_temperature: the temperature shapes only the drafts after the first; the law is that of temperature 1
             (an ablation of Guo & Ermon 2025).
@@ -60,7 +61,9 @@ class SamplerConfig:
         require(self.temperature > 0, "temperature", self.temperature, "above 0 (for the most likely token use greedy)")
         require(self.top_k is None or self.top_k >= 1, "top_k", self.top_k, "at least 1")
         require(self.top_p is None or 0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]")
-        require(not self.one_pass or self.name in ONE_PASS_SAMPLERS, "one_pass", self.name, "used with assd")
+        require(
+            not self.one_pass or self.name in ONE_PASS_SAMPLERS, "one_pass", self.name, "used with assd or assd-head"
+        )
         require(
             not self.one_pass or self.bonus_token, "bonus_token", False, "true with one_pass, which always draws it"
         )

@@ -16,6 +16,7 @@ Whatever a head predicts, the samples are exact, because the draft's own probabi
 """
 
 import json
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -264,6 +265,26 @@ def find_draft_head(name_or_path, trunk: AnySubsetLM, revision: str = "main") ->
         _raise_exceptions_for_gated_repo=False,
     )
     return None if found is None else DraftHead.from_pretrained(name_or_path, trunk, revision)
+
+
+_HEADS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def attach_draft_head(trunk: AnySubsetLM, head: DraftHead) -> None:
+    """Let samplers of ``trunk`` draft with ``head``, instead of one that lies beside the trunk's files."""
+    require_trunk(head, trunk, "the head to attach")
+    _HEADS[trunk] = head
+
+
+def draft_head_of(trunk: AnySubsetLM) -> DraftHead | None:
+    """The head that was attached to ``trunk`` or lies beside the files it was loaded from, in its type and on its
+    device; None where there is neither."""
+    head = _HEADS.get(trunk)
+    if head is None and trunk.name_or_path:
+        head = find_draft_head(trunk.name_or_path, trunk, getattr(trunk.config, "_commit_hash", None) or "main")
+    if head is not None:
+        _HEADS[trunk] = head.to(trunk.device, trunk.dtype).eval()
+    return head
 
 
 def distance_to_previous(order: Order, rank_BK: torch.Tensor) -> torch.Tensor:

@@ -115,11 +115,12 @@ class AnySubsetLM(PreTrainedModel):
         return getattr(self.config, "mask_token_id", XLNET_MASK_ID)
 
     def fingerprint(self) -> str:
-        """A short hash of all parameters: the same weights give the same, whatever they are called."""
+        """A short hash of all parameters in bfloat16: a checkpoint has one fingerprint in every type it is loaded
+        in."""
         digest = hashlib.sha256()
         for name, parameter in sorted(self.named_parameters()):
             digest.update(name.encode())
-            digest.update(parameter.detach().cpu().float().numpy().tobytes())
+            digest.update(parameter.detach().bfloat16().cpu().view(torch.int16).numpy().tobytes())
         return digest.hexdigest()[:16]
 
     def forward(

@@ -10,6 +10,7 @@ import torch
 from transformers import XLNetConfig
 
 from asarm import AnySubsetLM
+from asarm.draft_head import DraftHead, attach_draft_head
 from asarm.orders import Order
 
 torch.set_num_threads(1)  # the models are tiny, and two processes share the machine in a parallel run
@@ -23,6 +24,17 @@ def make_model(vocab_size=6, seed=0, dtype=torch.float32, mask_token_id=0, sprea
         vocab_size=vocab_size, initializer_range=spread, mask_token_id=mask_token_id, **(fields | config)
     )
     return AnySubsetLM(config).to(dtype).eval()
+
+
+def with_random_head(model: AnySubsetLM, seed: int = 0) -> AnySubsetLM:
+    """``model`` with an untrained draft head whose corrections are far from zero."""
+    torch.manual_seed(seed)
+    head = DraftHead.for_trunk(model, width=8, n_head=2, rank=4)
+    with torch.no_grad():
+        head.correction.weight.normal_(std=0.5)
+        head.from_token.weight.normal_(std=0.5)
+    attach_draft_head(model, head)
+    return model
 
 
 def random_batch(vocab_size: int, B: int, N: int, seed: int = 0, lengths=None) -> tuple[torch.Tensor, Order]:

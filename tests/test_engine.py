@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import make_model, random_batch
+from conftest import make_model, random_batch, with_random_head
 
 from asarm import Order, SamplerConfig, sample
 from asarm.density import target_states
@@ -84,12 +84,12 @@ def test_an_engine_is_kept_until_the_weights_change():
     assert engine_of(model) is not second
 
 
-NAMES = ["sequential", "assd", "assd+one-pass", "assd-ngram", "parallel"]
+NAMES = ["sequential", "assd", "assd+one-pass", "assd-head", "assd-head+one-pass", "assd-ngram", "parallel"]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_sequences_that_make_room_for_others_get_the_same_tokens(name):
-    model = make_model(vocab_size=V, seed=5, spread=0.5)
+    model = with_random_head(make_model(vocab_size=V, seed=5, spread=0.5))
     lengths = [20 - (t * 7) % 17 for t in range(23)]
     ids_TN, order = random_batch(V, 23, 20, seed=8, lengths=lengths)
     config = SamplerConfig.named(name, k=3)

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import make_model
+from conftest import make_model, with_random_head
 from scipy.stats import chisquare
 
 from asarm import Law, Order, SamplerConfig, joint_log_prob, sample
@@ -23,7 +23,7 @@ PROMPTS = {"one given": (None, 3, None, None), "none given": (None, None, None),
 
 @pytest.fixture(scope="module")
 def model():
-    return make_model(vocab_size=V, seed=0)
+    return with_random_head(make_model(vocab_size=V, seed=0))
 
 
 def batch(prompt, B):
@@ -64,6 +64,10 @@ SAMPLERS = [
     SamplerConfig("assd", k=1, temperature=TEMPERATURE),
     SamplerConfig("assd", k=3, temperature=TEMPERATURE),
     SamplerConfig("assd", k=2, temperature=TEMPERATURE, bonus_token=False),
+    SamplerConfig("assd-head", k=3, temperature=TEMPERATURE),
+    SamplerConfig("assd-head", k=2, temperature=TEMPERATURE, bonus_token=False),
+    SamplerConfig("assd-head", k=2, temperature=TEMPERATURE, one_pass=True),
+    SamplerConfig("assd-head", k=4, temperature=TEMPERATURE, one_pass=True),
     SamplerConfig("assd-ngram", k=2, temperature=TEMPERATURE),
     SamplerConfig("assd-ngram", k=3, temperature=TEMPERATURE, bonus_token=False),
     SamplerConfig("assd", k=1, temperature=TEMPERATURE, one_pass=True),
@@ -79,7 +83,7 @@ def test_sampler_has_the_law_of_the_model(model, config, prompt):
     assert p_value(model, prompt, config, enumerated(model, prompt)) > FALSE_ALARM
 
 
-@pytest.mark.parametrize("name", ["sequential", "assd", "assd+one-pass", "assd-ngram"])
+@pytest.mark.parametrize("name", ["sequential", "assd", "assd+one-pass", "assd-head", "assd-ngram"])
 @pytest.mark.parametrize("cut", [{"top_k": 3}, {"top_p": 0.7}, {"top_k": 4, "top_p": 0.9}], ids=str)
 def test_truncation_is_the_same_in_draft_and_target(model, name, cut):
     prompt, config = PROMPTS["ends given"], SamplerConfig.named(name, k=3, temperature=TEMPERATURE, **cut)
@@ -91,7 +95,7 @@ def test_the_law_without_truncation_is_another(model):
     assert p_value(model, prompt, config, enumerated(model, prompt, Law(TEMPERATURE, BANNED, top_k=4))) < FALSE_ALARM
 
 
-@pytest.mark.parametrize("name", ["assd", "assd+one-pass", "assd-ngram"])
+@pytest.mark.parametrize("name", ["assd", "assd+one-pass", "assd-head", "assd-ngram"])
 def test_a_temperature_of_the_draft_alone_keeps_the_law_of_temperature_one(model, name):
     prompt = PROMPTS["one given"]
     config = SamplerConfig.named(name, k=3, temperature=0.4, draft_only_temperature=True)
@@ -156,6 +160,13 @@ PLANTS = [
     ("assd+one-pass", _no_residual),
     ("assd+one-pass", _mask_mass_not_renormalised),
     ("assd+one-pass", _shared_random_numbers),
+    ("assd-head", _no_residual),
+    ("assd-head", _temperature_twice),
+    ("assd-head", _mask_mass_not_renormalised),
+    ("assd-head", _shared_random_numbers),
+    ("assd-head+one-pass", _no_residual),
+    ("assd-head+one-pass", _mask_mass_not_renormalised),
+    ("assd-head+one-pass", _shared_random_numbers),
     ("assd-ngram", _no_residual),
     ("assd-ngram", _mask_mass_not_renormalised),
     ("assd-ngram", _shared_random_numbers),

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import make_model, random_batch
+from conftest import make_model, random_batch, with_random_head
 
 from asarm import Law, Order, SamplerConfig, joint_log_prob, sample
 from asarm.density import target_states
@@ -17,6 +17,8 @@ EXACT = [
     ("sequential", 1),
     *(("assd", k) for k in (1, 2, 5)),
     *(("assd+one-pass", k) for k in (1, 2, 5)),
+    *(("assd-head", k) for k in (1, 2, 5)),
+    *(("assd-head+one-pass", k) for k in (1, 2, 5)),
     *(("assd-ngram", k) for k in (1, 4)),
 ]
 V = 12
@@ -24,7 +26,7 @@ V = 12
 
 @pytest.fixture(scope="module")
 def model():
-    return make_model(vocab_size=V, seed=5, spread=0.5)
+    return with_random_head(make_model(vocab_size=V, seed=5, spread=0.5))
 
 
 def ragged(B=9, N=14, seed=0):
@@ -45,7 +47,7 @@ def test_prompt_is_kept_gaps_are_filled_and_calls_never_outnumber_tokens(model, 
         assert torch.equal(done.nfe_B, order.n_masked_B)
     if name == "parallel":
         assert torch.equal(done.nfe_B, (order.n_masked_B + k - 1) // k)
-    if name in ("assd-ngram", "assd+one-pass"):
+    if name == "assd-ngram" or "one-pass" in name:
         assert torch.equal(done.nfe_B, done.rounds_B)
     assert torch.equal(done.aux_nfe_B, done.rounds_B * (name == "assd-ngram"))
 
@@ -62,7 +64,7 @@ def test_emitted_log_prob_equals_rescoring_by_the_density(model, name, k, bonus_
     assert done.ids_BN[order.target_BN].ne(3).all()
 
 
-@pytest.mark.parametrize("name", ["assd", "assd+one-pass", "assd-ngram"])
+@pytest.mark.parametrize("name", ["assd", "assd+one-pass", "assd-head", "assd-head+one-pass", "assd-ngram"])
 def test_a_draft_temperature_keeps_the_bound_and_the_log_prob(model, name):
     ids_BN, order = ragged(seed=7)
     config = SamplerConfig.named(name, k=3, temperature=0.5, draft_only_temperature=True)

@@ -63,8 +63,9 @@ class InfillConfig(SamplingConfig):
     Args:
         text: with <mask> (one token) and <mask:n> (n tokens) where something is to be filled in; - reads standard
             input.
-        sampler: sequential, assd, assd+one-pass, assd-ngram or parallel (biased); assd is one-pass where that is
-            faster.
+        sampler: sequential, assd, assd-head, assd-ngram or parallel (biased); assd and assd-head are one-pass where
+            that is
+            faster, or with +one-pass.
         num_samples: how many fillings.
     """
 
@@ -121,7 +122,7 @@ class DecodingConfig(SamplingConfig):
 
     Args:
         output_dir: receives config.yaml, records.jsonl and summary.json; a run that was stopped goes on there.
-        samplers: sequential, assd, assd+one-pass, assd-ngram, parallel (biased).
+        samplers: sequential, assd, assd+one-pass, assd-head, assd-head+one-pass, assd-ngram, parallel (biased).
         bonus_token: one more token after k accepted drafts (one-pass forms always draw it).
         draft_only_temperature: the temperature shapes only drafts (assd forms); the law is that of temperature 1.
         accept_slack: added to the probability of keeping a draft (assd forms); above 0 the law is lost.
@@ -141,7 +142,6 @@ class DecodingConfig(SamplingConfig):
         super().__post_init__()
         require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
         require(self.dtype in ("float32", "bfloat16"), "dtype", self.dtype, "float32 or bfloat16")
-        require(bool(self.samplers), "samplers", self.samplers, "a list of at least one")
         require(len(set(self.samplers)) == len(self.samplers), "samplers", self.samplers, "without repetition")
         for name in self.samplers:
             self.sampler_config(name)
@@ -160,6 +160,7 @@ class SpeculativeConfig(DecodingConfig):
     """Compare samplers on masked text: calls, time, likelihood.
 
     Args:
+        samplers: as above (default: all that the model has).
         dataset: auto (english-valid where ASARM_DATA_DIR is set, else samples), samples, english-valid, wikitext, or
             a Hub data set id or folder.
         dataset_config: configuration name of a Hub data set.
@@ -171,9 +172,7 @@ class SpeculativeConfig(DecodingConfig):
     """
 
     output_dir: str = "runs/speculative"
-    samplers: list[str] = field(
-        default_factory=lambda: ["sequential", "assd", "assd+one-pass", "assd-ngram", "parallel"], metadata=WORDS
-    )
+    samplers: list[str] = field(default_factory=list, metadata=WORDS)
     dataset: str = "auto"
     dataset_config: str | None = None
     split: str = "validation"
@@ -201,6 +200,7 @@ class InfillEvalConfig(DecodingConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        require(bool(self.samplers), "samplers", self.samplers, "a list of at least one")
         require(self.limit is None or self.limit >= 1, "limit", self.limit, "at least 1")
 
 

@@ -2,15 +2,18 @@
 
 The same masked sequences, every sampler: network calls, time and likelihood."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from ..data.datasets import load_text
 from ..data.packing import pack_all
 from ..density import require_memory_for_density
+from ..draft_head import draft_head_of
 from ..errors import DataFileError
 from ..infilling import InfillTask
 from ..loading import load
+from ..model import AnySubsetLM
 from ..runlog import prepare_output_dir, provenance, write_json
+from ..sampling.sample import ROUNDS
 from .config import SpeculativeConfig
 from .decode import record_samplers
 from .metrics import token_entropy
@@ -41,6 +44,8 @@ def evaluate(config: SpeculativeConfig) -> dict:
     out = prepare_output_dir(config.output_dir)
     text, documents = load_text(config.dataset, config.data_file, config.dataset_config, config.split)
     model, tokenizer = load(config.model, config.revision, config.tokenizer, config.dtype)
+    if not config.samplers:
+        config = replace(config, samplers=all_samplers(model))
     require_memory_for_density(model, config.batch_size, config.max_length)
     tasks = masked_sequences(config, pack_all(documents, tokenizer, config.max_length))
     identity = {"text": text, "tasks": fingerprint(tasks), "weights": model.fingerprint()}
@@ -62,6 +67,11 @@ def evaluate(config: SpeculativeConfig) -> dict:
     }
     write_json(out / "summary.json", summary)
     return summary
+
+
+def all_samplers(model: AnySubsetLM) -> list[str]:
+    """Every sampler that the model has what it takes for."""
+    return [name for name in ROUNDS if not name.startswith("assd-head") or draft_head_of(model) is not None]
 
 
 def masked_sequences(config: SpeculativeConfig, rows: list) -> list[InfillTask]:

@@ -13,12 +13,12 @@ from ..law import draw
 from ..orders import Rows, rows_with_limit
 from .accept import accepted_prefix, residual
 from .decoding import Decoding, chosen
-from .drafts import Draft, bigram_draft, draw_draft, no_draft, self_draft
+from .drafts import Draft, bigram_draft, draft_ahead, draft_from, no_draft
 
 
 def assd_round(state: Decoding) -> None:
-    """Draft with the model itself."""
-    draft = self_draft(state)
+    """Draft with the model itself, and its draft head if the sampler has one."""
+    draft = draft_ahead(state)
     first_logp_B = chosen(draft.probs_BKV, draft.ids_BK)[:, 0].log()
     state.logp_B += first_logp_B.where(draft.rows.valid_BR[:, 0], 0)
     if state.most_remaining > 1 and (state.config.k > 1 or state.config.bonus_token):
@@ -34,11 +34,11 @@ def assd_ngram_round(state: Decoding) -> None:
 
 
 def assd_one_pass_round(state: Decoding) -> None:
-    """Draft with the model itself, in the pass that verifies the drafts of the round before: one call a round.
+    """Draft in the pass that verifies the drafts of the round before: one call a round.
 
     For every length a that the accepted prefix may have, the pass also holds query rows for the k ranks after the
     token that will then be settled, all seeing what precedes that token. Acceptance picks the branch; only its rows
-    are projected onto the vocabulary.
+    are projected onto the vocabulary. (A draft head is told the settled token; the self draft does without it.)
     """
     k = state.config.k
     draft = state.draft or no_draft(state)
@@ -50,7 +50,7 @@ def assd_one_pass_round(state: Decoding) -> None:
     branch_BAKE = hidden_BQE[:, k + 1 :].unflatten(1, (k + 1, k))
     branch_BKE = branch_BAKE.take_along_dim(accepted_B[:, None, None, None], dim=1).squeeze(1)
     rows = state.rows(state.settled_B, state.settled_B + k, k)
-    state.draft = draw_draft(state, rows, state.draft_law.probs(state.engine.logits(branch_BKE)))
+    state.draft = draft_from(state, rows, branch_BKE, n_missing=1)
 
 
 def _branch_rows(state: Decoding) -> Rows:

@@ -1,10 +1,11 @@
-"""Draft distributions: the model's own marginals, and a bigram of the context."""
+"""Draft distributions: the model's own marginals, corrected by a draft head or not, and a bigram of the context."""
 
 from dataclasses import dataclass
 
 import torch
 
-from ..law import draw
+from ..draft_head import distance_to_previous, previous_ids
+from ..law import Law, draw
 from ..orders import Rows
 from .decoding import Decoding
 
@@ -18,24 +19,43 @@ class Draft:
     probs_BKV: torch.Tensor
 
 
-def self_draft(state: Decoding) -> Draft:
-    """k tokens as if they were independent, in one network call: every row sees exactly the settled tokens (Guo &
-    Ermon 2025).
+def draft_ahead(state: Decoding) -> Draft:
+    """k tokens in one network call: every row sees exactly the settled tokens (Guo & Ermon 2025).
 
     The first is drawn from its true conditional.
     """
     k = state.config.k
     rows = state.rows(state.settled_B, state.settled_B + k, k)
-    logits_BKV = state.call(rows, limit_B=state.settled_B)
-    if state.draft_law == state.law:
-        return draw_draft(state, rows, state.law.probs(logits_BKV))
-    exact_B1V, later_BKV = state.law.probs(logits_BKV[:, :1]), state.draft_law.probs(logits_BKV[:, 1:])
-    return draw_draft(state, rows, torch.cat([exact_B1V, later_BKV], dim=1))
+    return draft_from(state, rows, state.hidden(rows, limit_B=state.settled_B), n_missing=0)
 
 
-def draw_draft(state: Decoding, rows: Rows, probs_BKV: torch.Tensor) -> Draft:
-    """Draft one token a row, each from its own distribution."""
-    return Draft(rows, draw(probs_BKV, state.uniforms(state.draft_uniform_BN, rows)), probs_BKV)
+def draft_from(state: Decoding, rows: Rows, states_BKE: torch.Tensor, n_missing: int) -> Draft:
+    """Draft one token a row from the rows' hidden states, the first of which misses ``n_missing`` tokens before it:
+    each as if the others did not exist, or with a draft head one after another. Where nothing is missing the law is the
+    target's."""
+    logits_BKV = state.engine.logits(states_BKE)
+    laws = [state.law if n_missing + j == 0 else state.draft_law for j in range(rows.rank_BR.shape[1])]
+    uniform_BK = state.uniforms(state.draft_uniform_BN, rows)
+    if state.head is None:
+        probs_BKV = _probs(laws, logits_BKV)
+        return Draft(rows, draw(probs_BKV, uniform_BK), probs_BKV)
+    missing_BK = n_missing + torch.arange(len(laws), device=uniform_BK.device).expand_as(rows.rank_BR)
+    distance_BK = distance_to_previous(state.order, rows.rank_BR)
+    steps = state.head.begin(states_BKE, logits_BKV, distance_BK, missing_BK)
+    token_B = previous_ids(state.ids_BS, state.order, rows.rank_BR[:, :1], state.model.mask_token_id)[:, 0]
+    ids, probs = [], []
+    for j, law in enumerate(laws):
+        probs.append(law.probs(steps.step(j, token_B)))
+        token_B = draw(probs[-1], uniform_BK[:, j])
+        ids.append(token_B)
+    return Draft(rows, torch.stack(ids, dim=1), torch.stack(probs, dim=1))
+
+
+def _probs(laws: list[Law], logits_BKV: torch.Tensor) -> torch.Tensor:
+    """Every row's distribution under its own law; at most the first differs from the rest."""
+    if laws[0] == laws[-1]:
+        return laws[0].probs(logits_BKV)
+    return torch.cat([laws[0].probs(logits_BKV[:, :1]), laws[-1].probs(logits_BKV[:, 1:])], dim=1)
 
 
 def no_draft(state: Decoding) -> Draft:

@@ -5,12 +5,12 @@ the model's law.
 """
 
 from .decoding import Decoding, chosen
-from .drafts import self_draft
+from .drafts import draft_ahead
 
 
 def parallel_round(state: Decoding) -> None:
     """Draw the next k ranks from their marginals given the settled tokens, and keep them all."""
-    draft = self_draft(state)
+    draft = draft_ahead(state)
     state.put(draft.rows, draft.ids_BK)
     logp_BK = chosen(draft.probs_BKV, draft.ids_BK).log()
     state.logp_B += logp_BK.where(draft.rows.valid_BR, 0).sum(1)

@@ -17,6 +17,8 @@ ROUNDS = {
     "sequential": sequential_round,
     "assd": assd_round,
     "assd+one-pass": assd_one_pass_round,
+    "assd-head": assd_round,
+    "assd-head+one-pass": assd_one_pass_round,
     "assd-ngram": assd_ngram_round,
     "parallel": parallel_round,
 }
