@@ -14,7 +14,7 @@ import docstring_parser
 from jsonargparse import ActionConfigFile, ActionYesNo, ArgumentParser
 
 from .bench.config import BenchDecodeConfig
-from .config import TrainConfig, TrainHeadConfig
+from .config import TrainConfig
 from .errors import ConfigError, UserError
 from .evals.config import (
     CodeInfillConfig,
@@ -25,6 +25,7 @@ from .evals.config import (
     ScoreConfig,
     SpeculativeConfig,
 )
+from .train.head_config import TrainHeadConfig
 
 
 def run_infill(config: InfillConfig) -> None:

@@ -16,8 +16,6 @@ Whatever a head predicts, the samples are exact, because the draft's own probabi
 """
 
 import json
-import weakref
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -159,24 +157,11 @@ class DraftHead(PreTrainedModel):
             distance_BK: from that token's position to the row's (:func:`distance_to_previous`).
             missing_BK: rank - limit of each row.
         """
-        x_BKM = self._mix(states_BKE, distance_BK, missing_BK) + self.from_token(self.token(previous_ids_BK))
+        x_BKM = self.mix(states_BKE, distance_BK, missing_BK) + self.from_token(self.token(previous_ids_BK))
         attended_BHKD = F.scaled_dot_product_attention(*self.layer.query_key_value(x_BKM), is_causal=True)
         return base_logits_BKV + self._correct(self.layer.rest(x_BKM, attended_BHKD), missing_BK)
 
-    def begin(
-        self,
-        states_BKE: torch.Tensor,
-        base_logits_BKV: torch.Tensor,
-        distance_BK: torch.Tensor,
-        missing_BK: torch.Tensor,
-    ) -> "DraftSteps":
-        """A round whose tokens come one by one with the steps; arguments as in :meth:`forward`."""
-        mixed_BKM = self._mix(states_BKE, distance_BK, missing_BK)
-        B, K, M = mixed_BKM.shape
-        key_BHKD = mixed_BKM.new_empty(B, self.config.n_head, K, M // self.config.n_head)
-        return DraftSteps(self, mixed_BKM, base_logits_BKV, missing_BK, key_BHKD, torch.empty_like(key_BHKD))
-
-    def _mix(self, states_BKE: torch.Tensor, distance_BK: torch.Tensor, missing_BK: torch.Tensor) -> torch.Tensor:
+    def mix(self, states_BKE: torch.Tensor, distance_BK: torch.Tensor, missing_BK: torch.Tensor) -> torch.Tensor:
         """What a row knows before the token that precedes it, [B, K, M]."""
         most = self.config.max_distance
         distance_BKM = self.distance(distance_BK.clamp(-most, most) + most)
@@ -222,28 +207,6 @@ class DraftHead(PreTrainedModel):
         return head.to(trunk.device).eval()
 
 
-@dataclass
-class DraftSteps:
-    """A round in progress: what the rows know, and the keys and values of those that were drafted."""
-
-    head: DraftHead
-    mixed_BKM: torch.Tensor
-    base_logits_BKV: torch.Tensor
-    missing_BK: torch.Tensor
-    key_BHKD: torch.Tensor
-    value_BHKD: torch.Tensor
-
-    def step(self, j: int, previous_ids_B: torch.Tensor) -> torch.Tensor:
-        """Logits [B, V] of row ``j`` given the token before it; rows come in order, 0 first."""
-        head, now = self.head, slice(j, j + 1)
-        x_B1M = self.mixed_BKM[:, now] + head.from_token(head.token(previous_ids_B[:, None]))
-        query_BH1D, self.key_BHKD[:, :, now], self.value_BHKD[:, :, now] = head.layer.query_key_value(x_B1M)
-        key_BHKD, value_BHKD = self.key_BHKD[:, :, : j + 1], self.value_BHKD[:, :, : j + 1]
-        attended_BH1D = F.scaled_dot_product_attention(query_BH1D, key_BHKD, value_BHKD)
-        correction_B1V = head._correct(head.layer.rest(x_B1M, attended_BH1D), self.missing_BK[:, now])
-        return self.base_logits_BKV[:, j] + correction_B1V[:, 0]
-
-
 def require_trunk(head: DraftHead, trunk: AnySubsetLM, name: str) -> None:
     """Raise :class:`CheckpointMismatchError` for a head that was made for another trunk."""
     if (expected := head.config.trunk_fingerprint) != (found := trunk.fingerprint()):
@@ -265,26 +228,6 @@ def find_draft_head(name_or_path, trunk: AnySubsetLM, revision: str = "main") ->
         _raise_exceptions_for_gated_repo=False,
     )
     return None if found is None else DraftHead.from_pretrained(name_or_path, trunk, revision)
-
-
-_HEADS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
-
-
-def attach_draft_head(trunk: AnySubsetLM, head: DraftHead) -> None:
-    """Let samplers of ``trunk`` draft with ``head``, instead of one that lies beside the trunk's files."""
-    require_trunk(head, trunk, "the head to attach")
-    _HEADS[trunk] = head
-
-
-def draft_head_of(trunk: AnySubsetLM) -> DraftHead | None:
-    """The head that was attached to ``trunk`` or lies beside the files it was loaded from, in its type and on its
-    device; None where there is neither."""
-    head = _HEADS.get(trunk)
-    if head is None and trunk.name_or_path:
-        head = find_draft_head(trunk.name_or_path, trunk, getattr(trunk.config, "_commit_hash", None) or "main")
-    if head is not None:
-        _HEADS[trunk] = head.to(trunk.device, trunk.dtype).eval()
-    return head
 
 
 def distance_to_previous(order: Order, rank_BK: torch.Tensor) -> torch.Tensor:

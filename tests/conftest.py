@@ -10,7 +10,8 @@ import torch
 from transformers import XLNetConfig
 
 from asarm import AnySubsetLM
-from asarm.draft_head import DraftHead, attach_draft_head
+from asarm.draft_head import DraftHead
+from asarm.drafter import attach_draft_head
 from asarm.orders import Order
 
 torch.set_num_threads(1)  # the models are tiny, and two processes share the machine in a parallel run

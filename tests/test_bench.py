@@ -22,7 +22,7 @@ def test_the_last_line_is_json_and_agrees_with_itself(capsys):
     lines = capsys.readouterr().out.splitlines()
     result = json.loads(lines[-1])
     rows = {(row["sampler"], row["batch_size"]): row for row in result["rows"]}
-    assert len(rows) == 6
+    assert len(rows) == 10
     for (name, batch_size), row in rows.items():
         assert row["round_seconds"] > row["call_seconds"] > 0
         assert row["call_seconds"] > row["streaming_seconds"] > 0
@@ -31,7 +31,7 @@ def test_the_last_line_is_json_and_agrees_with_itself(capsys):
         assert row["seconds_per_token"] == pytest.approx(row["round_seconds"] * rounds / batch_size)
         assert row["nfe_per_token"] <= 1
     assert all(row["peak"] > 0 and row["weights"] > 2**20 for row in result["memory"])
-    assert sum(line.startswith("| float32") for line in lines) == 6 + 2
+    assert sum(line.startswith("| float32") for line in lines) == 10 + 2
 
 
 def test_only_the_asked_for_rounds_are_played(monkeypatch):

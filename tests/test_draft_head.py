@@ -12,20 +12,14 @@ from test_train import write_text
 
 from asarm import AnySubsetLM, Law, conditional_log_probs
 from asarm.cli import main
-from asarm.config import (
-    DataConfig,
-    HeadConfig,
-    HeldOutConfig,
-    MaskingConfig,
-    OptimizerConfig,
-    TrainHeadConfig,
-    WindowConfig,
-)
+from asarm.config import DataConfig, MaskingConfig, OptimizerConfig
 from asarm.draft_head import DraftHead, distance_to_previous, find_draft_head, previous_ids
+from asarm.drafter import Drafter
 from asarm.errors import CheckpointMismatchError, ConfigError, DataFileError, MemoryBudgetError, ModelNotFoundError
 from asarm.orders import Rows, content_limit
 from asarm.train import draft_head as training
 from asarm.train.draft_head import accumulate_head_gradients, divergences, make_windows, train_draft_head, window_rows
+from asarm.train.head_config import HeadConfig, HeldOutConfig, TrainHeadConfig, WindowConfig
 from asarm.train.objective import Batch
 
 SHAPE = {"width": 8, "n_head": 2, "rank": 6}
@@ -63,7 +57,7 @@ def test_steps_equal_the_teacher_forced_form(trunk, K, first_missing):
     head = random_head(trunk)
     states_BKE, base_BKV, ids_BK, distance_BK, missing_BK = random_round(trunk, K=K, first_missing=first_missing)
     whole_BKV = head(states_BKE, base_BKV, ids_BK, distance_BK, missing_BK)
-    steps = head.begin(states_BKE, base_BKV, distance_BK, missing_BK)
+    steps = Drafter(head).begin(states_BKE, base_BKV, distance_BK, first_missing)
     one_by_one_BKV = torch.stack([steps.step(j, ids_BK[:, j]) for j in range(K)], dim=1)
     assert torch.allclose(one_by_one_BKV, whole_BKV, atol=1e-5)
     assert (first_missing == 0 and K == 1) or (whole_BKV - base_BKV).abs().max() > 0.5, "the head did speak"

@@ -41,7 +41,10 @@ class BenchDecodeConfig:
     k: int = 5
     batch_sizes: list[int] = field(default_factory=lambda: [1, 16], metadata=WORDS)
     dtypes: list[str] = field(default_factory=lambda: ["float32", "bfloat16"], metadata=WORDS)
-    samplers: list[str] = field(default_factory=lambda: ["sequential", "assd", "assd+one-pass"], metadata=WORDS)
+    samplers: list[str] = field(
+        default_factory=lambda: ["sequential", "assd", "assd+one-pass", "assd-head", "assd-head+one-pass"],
+        metadata=WORDS,
+    )
     compile: bool = False
     rounds: int = 4
     baseline: bool = True

@@ -13,19 +13,21 @@ from transformers import XLNetConfig
 
 from ..data.datasets import load_text
 from ..data.packing import pack_all
+from ..draft_head import DraftHead
+from ..drafter import attach_draft_head
 from ..engine import Engine
 from ..evals.decode import decode
 from ..evals.tasks import mask_rows
 from ..loading import load
 from ..model import AnySubsetLM
 from ..orders import Order
-from ..sampling.decoding import Decoding
+from ..sampling.decoding import Decoding, drafter_for
 from ..sampling.sample import ROUNDS
 from .clock import median_seconds, synchronise
 from .config import ARCHITECTURES, POINTS, WARM_UP, BenchDecodeConfig
 
 ACCEPTANCE_LENGTH = 128
-CALLS_PER_ROUND = {"assd": 2}  # every other sampler makes one
+CALLS_PER_ROUND = {"assd": 2, "assd-head": 2}  # every other sampler makes one
 
 
 def model_of(config: BenchDecodeConfig, device: torch.device, dtype: str) -> AnySubsetLM:
@@ -33,12 +35,17 @@ def model_of(config: BenchDecodeConfig, device: torch.device, dtype: str) -> Any
         return load(config.size, dtype=dtype)[0]
     torch.manual_seed(config.seed)
     architecture = XLNetConfig(**ARCHITECTURES[config.size], mem_len=None)
-    return AnySubsetLM(architecture).to(device, getattr(torch, dtype)).eval()
+    model = AnySubsetLM(architecture).to(device, getattr(torch, dtype)).eval()
+    if any(config.sampler_config(name).name == "assd-head" for name in config.samplers):
+        attach_draft_head(model, DraftHead.for_trunk(model))
+    return model
 
 
 def acceptance_of(config: BenchDecodeConfig) -> dict[str, dict]:
     """Calls and rounds per token of every sampler, with a trained model on held-out text, in float32."""
     model, tokenizer = load(config.acceptance_model)
+    for name in config.samplers:
+        drafter_for(model, config.sampler_config(name))  # a missing draft head is an error now
     _, documents = load_text("samples", None, None, "validation")
     rows = [row for row in pack_all(documents, tokenizer, ACCEPTANCE_LENGTH) if len(row) == ACCEPTANCE_LENGTH]
     tasks = mask_rows(rows[: config.acceptance_sequences], 1 - config.masked_fraction, config.seed)

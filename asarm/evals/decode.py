@@ -11,7 +11,7 @@ from ..density import joint_log_prob
 from ..infilling import InfillTask, collate
 from ..model import AnySubsetLM
 from ..orders import Order
-from ..sampling.decoding import head_for, law_of
+from ..sampling.decoding import drafter_for, law_of
 from ..sampling.sample import sample, sample_each
 from .config import DecodingConfig
 from .records import RecordLog
@@ -72,7 +72,7 @@ def record_samplers(
     """Decode the tasks that ``log`` lacks with every sampler and record each, with what ``describe`` says of its
     ids."""
     for sampler in samplers.values():
-        head_for(model, sampler)  # a missing draft head is an error now, not when the others are done
+        drafter_for(model, sampler)  # a missing draft head is an error now, not when the others are done
     bar = tqdm(total=len(tasks) * len(samplers), initial=len(log.records), unit="seq", desc="decode")
     for name, sampler in samplers.items():
         bar.set_postfix_str(name)

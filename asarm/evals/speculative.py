@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from ..data.datasets import load_text
 from ..data.packing import pack_all
 from ..density import require_memory_for_density
-from ..draft_head import draft_head_of
+from ..drafter import drafter_of
 from ..errors import DataFileError
 from ..infilling import InfillTask
 from ..loading import load
@@ -71,7 +71,7 @@ def evaluate(config: SpeculativeConfig) -> dict:
 
 def all_samplers(model: AnySubsetLM) -> list[str]:
     """Every sampler that the model has what it takes for."""
-    return [name for name in ROUNDS if not name.startswith("assd-head") or draft_head_of(model) is not None]
+    return [name for name in ROUNDS if not name.startswith("assd-head") or drafter_of(model) is not None]
 
 
 def masked_sequences(config: SpeculativeConfig, rows: list) -> list[InfillTask]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..config import SamplerConfig
-from ..draft_head import DraftHead, draft_head_of
+from ..drafter import Drafter, drafter_of
 from ..engine import engine_of
 from ..errors import ConfigError
 from ..law import Law
@@ -60,16 +60,17 @@ def law_of(model: AnySubsetLM, config: SamplerConfig) -> Law:
     return Law(temperature, banned_ids, config.greedy, config.top_k, config.top_p)
 
 
-def head_for(model: AnySubsetLM, config: SamplerConfig) -> DraftHead | None:
-    """The draft head that the sampler needs, if it does; raises :class:`ConfigError` where the model has none."""
+def drafter_for(model: AnySubsetLM, config: SamplerConfig) -> Drafter | None:
+    """The draft head's drafter that the sampler needs, if it does; raises :class:`ConfigError` where the model has
+    none."""
     if config.name != "assd-head":
         return None
-    if (head := draft_head_of(model)) is None:
+    if (drafter := drafter_of(model)) is None:
         raise ConfigError(
             f"model {model.name_or_path or '(made in memory)'!r} has no draft head for the sampler assd-head; train "
             "one with python -m asarm train-draft-head, or use another sampler"
         )
-    return head
+    return drafter
 
 
 class Decoding:
@@ -88,7 +89,7 @@ class Decoding:
     ):
         self.model, self.config, self.law = model, config, law_of(model, config)
         self.draft_law = replace(self.law, temperature=config.temperature)
-        self.head = head_for(model, config)
+        self.drafter = drafter_for(model, config)
         self._check(ids_TN, order, indices)
         self._waiting, self._waiting_ids_TN, self._seed, self._indices = order, ids_TN, seed, indices
         self._n_visible_T, self._length_T = order.n_visible_B.tolist(), order.length_B.tolist()

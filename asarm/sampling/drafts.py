@@ -36,12 +36,10 @@ def draft_from(state: Decoding, rows: Rows, states_BKE: torch.Tensor, n_missing:
     logits_BKV = state.engine.logits(states_BKE)
     laws = [state.law if n_missing + j == 0 else state.draft_law for j in range(rows.rank_BR.shape[1])]
     uniform_BK = state.uniforms(state.draft_uniform_BN, rows)
-    if state.head is None:
+    if state.drafter is None:
         probs_BKV = _probs(laws, logits_BKV)
         return Draft(rows, draw(probs_BKV, uniform_BK), probs_BKV)
-    missing_BK = n_missing + torch.arange(len(laws), device=uniform_BK.device).expand_as(rows.rank_BR)
-    distance_BK = distance_to_previous(state.order, rows.rank_BR)
-    steps = state.head.begin(states_BKE, logits_BKV, distance_BK, missing_BK)
+    steps = state.drafter.begin(states_BKE, logits_BKV, distance_to_previous(state.order, rows.rank_BR), n_missing)
     token_B = previous_ids(state.ids_BS, state.order, rows.rank_BR[:, :1], state.model.mask_token_id)[:, 0]
     ids, probs = [], []
     for j, law in enumerate(laws):

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..config import HeldOutConfig, TrainHeadConfig
 from ..data.packing import PackedRows, pack_all
 from ..data.sources import read_documents
 from ..draft_head import DraftHead, distance_to_previous, previous_ids
@@ -26,6 +25,7 @@ from ..orders import Order, Rows, content_limit, random_visible, rows_with_limit
 from ..rng import generator
 from ..runlog import append_line
 from ..tokenizer import TextTokenizer
+from .head_config import HeldOutConfig, TrainHeadConfig
 from .loop import HELD_OUT_LOG, begin_records, build_optimizer, open_run, restore, run_steps
 from .objective import Batch, step_batch
 

@@ -12,7 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from tqdm import tqdm
 from transformers import XLNetConfig
 
-from ..config import TrainConfig, TrainHeadConfig
+from ..config import TrainConfig
 from ..data.packing import PackedRows
 from ..data.sources import read_documents
 from ..errors import ConfigError, OutputDirError
@@ -21,6 +21,7 @@ from ..memory import require_memory, training_bytes
 from ..model import AnySubsetLM
 from ..runlog import append_line, prepare_output_dir, provenance, read_lines, write_atomic, write_json
 from .checkpoint import checkpoints, load_newest, save_checkpoint
+from .head_config import TrainHeadConfig
 from .objective import accumulate_gradients, step_batch
 from .schedule import lr_factor, masking_range
 

@@ -1,0 +1,114 @@
+"""Settings of training a draft head; like :mod:`asarm.config`, it imports nothing heavy."""
+
+from dataclasses import dataclass, field
+
+from ..config import DataConfig, MaskingConfig, OptimizerConfig, require
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """Shape of a draft head.
+
+    Args:
+        width: of its rows; n_head must divide it.
+        n_head: attention heads.
+        rank: of its correction to the trunk's logits, at most the trunk's width.
+    """
+
+    width: int = 256
+    n_head: int = 4
+    rank: int = 128
+
+    def __post_init__(self):
+        require(self.width >= 1, "head.width", self.width, "at least 1")
+        require(self.n_head >= 1 and self.width % self.n_head == 0, "head.n_head", self.n_head, "a divisor of width")
+        require(self.rank >= 1, "head.rank", self.rank, "at least 1")
+
+
+@dataclass(frozen=True)
+class WindowConfig:
+    """What a draft head learns from: windows of consecutive ranks, half of them as in two passes a round (the state has
+    seen the token before the window), half as in one (it has not).
+
+    Args:
+        k: ranks in a window.
+        per_row: windows in a packed row.
+        kl_steps: steps over which the loss fades from KL(trunk, draft) to their total variation, the rejection rate.
+    """
+
+    k: int = 8
+    per_row: int = 16
+    kl_steps: int = 1000
+
+    def __post_init__(self):
+        require(2 <= self.k <= 16, "windows.k", self.k, "between 2 and 16")
+        require(self.per_row >= 2, "windows.per_row", self.per_row, "at least 2, one of each kind")
+        require(self.kl_steps >= 1, "windows.kl_steps", self.kl_steps, "at least 1")
+
+
+@dataclass(frozen=True)
+class HeldOutConfig:
+    """Text on which acceptance by draft index is measured while a draft head is trained.
+
+    Args:
+        file: JSON lines or raw text; without it nothing is measured.
+        rows: packed rows from its beginning.
+        masked_fractions: shares of a row's tokens that are masked.
+        every: steps between measurements; the last step is always measured.
+    """
+
+    file: str | None = None
+    rows: int = 32
+    masked_fractions: list[float] = field(default_factory=lambda: [0.5, 0.95])
+    every: int = 250
+
+    def __post_init__(self):
+        require(self.rows >= 1, "held_out.rows", self.rows, "at least 1")
+        require(self.every >= 1, "held_out.every", self.every, "at least 1")
+        for fraction in self.masked_fractions:
+            require(0 < fraction <= 1, "held_out.masked_fractions", fraction, "in (0, 1]")
+
+
+@dataclass(frozen=True)
+class TrainHeadConfig:
+    """A draft head's training run, for a trunk that stays as it is.
+
+    Args:
+        output_dir: receives config.yaml, metrics.jsonl, held_out.jsonl, checkpoints/ and final/draft_head/.
+        model: the trunk: embedded name, folder or Hub id.
+        revision: of a Hub id.
+        tokenizer: folder or Hub id with a tokenizer.json (default: the trunk's own).
+        head: shape of the head.
+        data: training text.
+        masking: masking-rate range.
+        windows: what the head learns from.
+        optimizer: optimiser and batch.
+        held_out: text to measure acceptance on.
+        seed: of weights, rows, orders and windows.
+        resume: go on from the newest checkpoint in output_dir.
+        checkpoint_every: steps between checkpoints.
+        log_every: steps between lines of metrics.jsonl.
+        num_threads: CPU threads (default: all).
+    """
+
+    output_dir: str
+    model: str = "tiny-english"
+    revision: str = "main"
+    tokenizer: str | None = None
+    head: HeadConfig = field(default_factory=HeadConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    masking: MaskingConfig = field(default_factory=lambda: MaskingConfig(0.3, 0.97, 0.3, 0.97, 0))
+    windows: WindowConfig = field(default_factory=WindowConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    held_out: HeldOutConfig = field(default_factory=HeldOutConfig)
+    seed: int = 0
+    resume: bool = False
+    checkpoint_every: int = 100
+    log_every: int = 10
+    num_threads: int | None = None
+
+    def __post_init__(self):
+        require(self.seed >= 0, "seed", self.seed, "0 or more")
+        require(self.checkpoint_every >= 1, "checkpoint_every", self.checkpoint_every, "at least 1")
+        require(self.log_every >= 1, "log_every", self.log_every, "at least 1")
+        require(bool(self.data.files), "data.files", self.data.files, "a list of at least one file")
