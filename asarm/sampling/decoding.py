@@ -16,7 +16,7 @@ import torch
 
 from ..config import SamplerConfig
 from ..drafter import Drafter, drafter_of
-from ..engine import engine_of
+from ..engine import ROWS_AT_A_TIME, engine_of
 from ..errors import ConfigError
 from ..law import Law
 from ..memory import call_bytes, require_memory
@@ -99,7 +99,8 @@ class Decoding:
         B = min(batch_size, T)
         n_query = (config.k + 1) ** 2 if config.one_pass else config.k + 1
         decoding = call_bytes(model, B, N, 1 + config.k + n_query, B * (config.k + 1))
-        require_memory(model, B, N, max(decoding, call_bytes(model, B, N, max(self._n_visible_T), 0)))
+        n_prefill = min(max(self._n_visible_T), max(ROWS_AT_A_TIME, PREFILL_ROWS // B))
+        require_memory(model, B, N, max(decoding, call_bytes(model, B, N, n_prefill, 0)))
         self.engine = engine_of(model, config.compile)
         self.cache = self.engine.new_cache(B, N)
         self.order = Order(*(value[:1].expand(B, *value.shape[1:]).clone() for value in vars(order).values()))
