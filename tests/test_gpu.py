@@ -1,8 +1,10 @@
 """What differs on a CUDA device; skipped without one."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from conftest import make_model, random_batch
+from conftest import make_model, random_batch, with_random_head
 from safetensors.torch import load_file
 from test_train import small_run, train_in_two_parts, write_text
 
@@ -14,14 +16,15 @@ from asarm.train.loop import train
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
-@pytest.mark.parametrize("name", ["sequential", "assd", "assd+one-pass", "assd-ngram", "parallel"])
-def test_the_same_tokens_as_on_the_cpu_in_float32(name):
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("name", ["sequential", "assd", "assd+one-pass", "assd-head", "assd-ngram", "parallel"])
+def test_the_same_tokens_as_on_the_cpu_in_float32(name, compile):
     torch.backends.cuda.matmul.allow_tf32 = False
-    model = make_model(vocab_size=12, spread=0.5)
+    model = with_random_head(make_model(vocab_size=12, spread=0.5))
     ids_BN, order = random_batch(12, 6, 14, seed=1)
-    config = SamplerConfig.named(name, k=3)
-    on_cpu = sample(model, ids_BN, order, config, seed=4)
-    on_gpu = sample(model.cuda(), ids_BN, order, config, seed=4)
+    config = SamplerConfig.named(name, k=3, compile=compile)
+    on_cpu = sample(model, ids_BN, order, replace(config, compile=False), seed=4)
+    on_gpu = sample(model.cuda(), ids_BN, order, config, seed=4, batch_size=4)
     assert torch.equal(on_cpu.ids_BN, on_gpu.ids_BN.cpu())
     scores = joint_log_prob(model, on_gpu.ids_BN, order).cpu()
     assert torch.allclose(scores, joint_log_prob(model.cpu(), on_cpu.ids_BN, order), atol=1e-3)

@@ -164,6 +164,21 @@ def test_the_bigram_draft_follows_the_context_and_backs_off():
         (lambda m: SamplerConfig(k=0), ConfigError, "k must be at least 1, got 0"),
         (lambda m: SamplerConfig(temperature=0), ConfigError, "temperature must be above 0.*got 0"),
         (lambda m: SamplerConfig("beam"), ConfigError, "'beam'"),
+        (lambda m: SamplerConfig(top_k=0), ConfigError, "top_k must be at least 1, got 0"),
+        (lambda m: SamplerConfig(top_p=1.5), ConfigError, r"top_p must be in \(0, 1\], got 1.5"),
+        (lambda m: SamplerConfig(accept_slack=-0.1), ConfigError, "accept_slack must be 0 or more, got -0.1"),
+        (lambda m: SamplerConfig("parallel", accept_slack=0.1), ConfigError, "accept_slack .* got 'parallel'"),
+        (lambda m: SamplerConfig("assd-ngram", one_pass=True), ConfigError, "one_pass .* got 'assd-ngram'"),
+        (
+            lambda m: sample(
+                make_model(),
+                torch.ones(1, 3).long(),
+                Order.left_to_right(torch.tensor([1]), 3),
+                SamplerConfig("assd-head"),
+            ),
+            ConfigError,
+            "has no draft head .* train-draft-head",
+        ),
         (lambda m: Law(-1.0), ConfigError, "-1.0"),
         (
             lambda m: sample(m, torch.full((1, 3), V), Order.left_to_right(torch.tensor([1]), 3)),
