@@ -24,8 +24,8 @@ def test_the_last_line_is_json_and_agrees_with_itself(capsys):
     rows = {(row["sampler"], row["batch_size"]): row for row in result["rows"]}
     assert len(rows) == 10
     for (name, batch_size), row in rows.items():
-        assert row["round_seconds"] > row["call_seconds"] > 0
-        assert row["call_seconds"] > row["streaming_seconds"] > 0
+        for key in ("round_seconds", "call_seconds", "streaming_seconds", "stored_streaming_seconds"):
+            assert row[key] > 0
         assert row["seconds_per_token"] * row["tokens_per_second"] == pytest.approx(1)
         rounds = result["acceptance"][name]["rounds"]
         assert row["seconds_per_token"] == pytest.approx(row["round_seconds"] * rounds / batch_size)
@@ -43,7 +43,7 @@ def test_only_the_asked_for_rounds_are_played(monkeypatch):
     config = BenchDecodeConfig(size="tiny-english", length=100, masked_fraction=0.8, rounds=3, k=1)
     model, _ = load("tiny-english")
     seconds, call_seconds = round_seconds(config, model, "sequential", 2, point=0.5)
-    assert seconds > call_seconds > 0
+    assert seconds > 0 and call_seconds > 0
     assert played == list(range(60, 60 + 2 + 2 * 3))
     assert torch.is_grad_enabled()
 
