@@ -1,9 +1,9 @@
 """The network as decoding calls it: a few rows of each sequence against a cache, at the speed of the memory.
 
 A call with few rows is bound by reading the weights once. Hence, on a CPU, the weights are kept in oneDNN's blocked
-layout (a product of up to ten rows then takes as long as reading the matrix), keys and values are projected together,
-biases, activation and residual are part of the products, and attention is one fused kernel that reads only the slots
-that a limit reaches. Elsewhere, and where ``compile`` is asked for, the same steps run on plain weights through
+layout (a product of up to six rows then takes about as long as reading the matrix), keys and values are projected
+together, biases, activation and residual are part of the products, and attention is one fused kernel that reads only
+the slots that a limit reaches. Elsewhere the same steps run on the plain weights; with ``compile`` they do so through
 :func:`torch.compile`, with shapes that do not change from round to round (CUDA graphs on a GPU).
 
 The results are those of :meth:`asarm.model.AnySubsetLM.forward` up to rounding; a test holds the two together.
