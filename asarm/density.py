@@ -10,9 +10,21 @@ from torch.nn import functional as F
 from .law import Law
 from .memory import call_bytes, require_memory
 from .model import AnySubsetLM
-from .orders import Order, content_limit, require_token_ids, rows_at_ranks
+from .orders import Order, Rows, content_limit, require_token_ids, rows_at_ranks
 
 PROJECTION_ROWS = 2048  # how many [rows, vocabulary] logits a scoring pass holds at a time
+
+
+def query_states(model: AnySubsetLM, ids_BN: torch.Tensor, order: Order, query: Rows) -> torch.Tensor:
+    """Hidden states [B, Q, E] of any query rows, in one pass with the content rows of all tokens."""
+    B, N = ids_BN.shape
+    position_BN = torch.arange(N, device=ids_BN.device).expand(B, N)
+    return model(
+        ids_BN,
+        torch.cat([position_BN, query.position_BR], dim=1),
+        torch.cat([content_limit(order, order.rank_BN), query.limit_BR], dim=1),
+        order.rank_BN,
+    )
 
 
 def target_states(model: AnySubsetLM, ids_BN: torch.Tensor, order: Order) -> tuple[torch.Tensor, torch.Tensor]:
@@ -23,13 +35,7 @@ def target_states(model: AnySubsetLM, ids_BN: torch.Tensor, order: Order) -> tup
     """
     B, N = ids_BN.shape
     query = rows_at_ranks(order, order.n_visible_B, order.length_B, int(order.n_masked_B.max()))
-    position_BN = torch.arange(N, device=ids_BN.device).expand(B, N)
-    hidden_BQE = model(
-        ids_BN,
-        torch.cat([position_BN, query.position_BR], dim=1),
-        torch.cat([content_limit(order, order.rank_BN), query.limit_BR], dim=1),
-        order.rank_BN,
-    )
+    hidden_BQE = query_states(model, ids_BN, order, query)
     flat_BQ = torch.arange(B, device=ids_BN.device)[:, None] * N + query.position_BR
     return hidden_BQE[query.valid_BR], flat_BQ[query.valid_BR]
 

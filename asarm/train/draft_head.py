@@ -15,13 +15,14 @@ import torch
 
 from ..data.packing import PackedRows, pack_all
 from ..data.sources import read_documents
+from ..density import query_states
 from ..draft_head import DraftHead, distance_to_previous, previous_ids
 from ..errors import DataFileError
 from ..law import Law
 from ..loading import load
 from ..memory import call_bytes, require_memory
 from ..model import AnySubsetLM
-from ..orders import Order, Rows, content_limit, random_visible, rows_with_limit
+from ..orders import Order, Rows, random_visible, rows_with_limit
 from ..rng import generator
 from ..runlog import append_line
 from ..tokenizer import TextTokenizer
@@ -70,17 +71,9 @@ def window_rows(order: Order, uniform_BW: torch.Tensor, k: int) -> Rows:
 @torch.no_grad()
 def make_windows(model: AnySubsetLM, ids_BN: torch.Tensor, order: Order, uniform_BW: torch.Tensor, k: int) -> Windows:
     """One call of the trunk: a state and a teacher for every rank of every window."""
-    B, N = ids_BN.shape
     draft = window_rows(order, uniform_BW, k)
     teacher = rows_with_limit(order, draft.rank_BR, draft.rank_BR, order.length_B)
-    query = draft.followed_by(teacher)
-    position_BN = torch.arange(N, device=ids_BN.device).expand(B, N)
-    hidden_BQE = model(
-        ids_BN,
-        torch.cat([position_BN, query.position_BR], dim=1),
-        torch.cat([content_limit(order, order.rank_BN), query.limit_BR], dim=1),
-        order.rank_BN,
-    )
+    hidden_BQE = query_states(model, ids_BN, order, draft.followed_by(teacher))
     states_XKE, teacher_XKE = (h.unflatten(1, (-1, k)).flatten(0, 1) for h in hidden_BQE.chunk(2, dim=1))
     missing_BQ = (draft.rank_BR - draft.limit_BR).where(draft.valid_BR, 0)
     return Windows(
