@@ -172,6 +172,14 @@ class OptimizerConfig:
         require(self.precision in ("bf16", "fp32"), "optimizer.precision", self.precision, "bf16 or fp32")
 
 
+def require_run_settings(config) -> None:
+    """The checks that every training run's settings share."""
+    require(config.seed >= 0, "seed", config.seed, "0 or more")
+    require(config.checkpoint_every >= 1, "checkpoint_every", config.checkpoint_every, "at least 1")
+    require(config.log_every >= 1, "log_every", config.log_every, "at least 1")
+    require(bool(config.data.files), "data.files", config.data.files, "a list of at least one file")
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """A training run.
@@ -207,10 +215,7 @@ class TrainConfig:
     num_threads: int | None = None
 
     def __post_init__(self):
-        require(self.seed >= 0, "seed", self.seed, "0 or more")
-        require(self.checkpoint_every >= 1, "checkpoint_every", self.checkpoint_every, "at least 1")
-        require(self.log_every >= 1, "log_every", self.log_every, "at least 1")
-        require(bool(self.data.files), "data.files", self.data.files, "a list of at least one file")
+        require_run_settings(self)
         if self.model is None and not (self.architecture and self.tokenizer):
             raise ConfigError("training needs a model to start from, or an architecture and a tokenizer")
         if self.model is not None and self.architecture:

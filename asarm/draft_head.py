@@ -30,7 +30,7 @@ from transformers.utils import cached_file
 
 from .embedded import resolve_model
 from .errors import CheckpointMismatchError, ConfigError, ModelNotFoundError, reason
-from .model import AnySubsetLM
+from .model import AnySubsetLM, wrong_keys
 from .orders import Order
 
 FOLDER = "draft_head"  # beside the trunk's own files
@@ -200,8 +200,7 @@ class DraftHead(PreTrainedModel):
                 f"no draft head in {str(name_or_path)!r} at revision {revision!r}: make one with "
                 f"python -m asarm train-draft-head ({reason(error)})"
             ) from error
-        wrong = {key: sorted(info[key]) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]}
-        if wrong:
+        if wrong := wrong_keys(info):
             raise CheckpointMismatchError(f"draft head of {str(name_or_path)!r} does not fit its config.json: {wrong}")
         require_trunk(head, trunk, str(name_or_path))
         return head.to(trunk.device).eval()

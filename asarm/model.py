@@ -27,6 +27,11 @@ from .orders import may_attend
 XLNET_MASK_ID = 6
 
 
+def wrong_keys(info: dict) -> dict[str, list]:
+    """What a checkpoint lacks, has too much of, or has in another shape, from ``from_pretrained``'s loading info."""
+    return {key: sorted(info[key]) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]}
+
+
 class FeedForward(nn.Module):
     def __init__(self, config: XLNetConfig):
         super().__init__()
@@ -182,10 +187,7 @@ class AnySubsetLM(PreTrainedModel):
                 f"({', '.join(embedded_models())}), a folder with config.json and model.safetensors, or a Hub id "
                 f"and a revision that exist ({reason(error)})"
             ) from error
-        wrong = {
-            kind: sorted(info[kind]) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]
-        }
-        if wrong:
+        if wrong := wrong_keys(info):
             raise CheckpointMismatchError(
                 f"checkpoint {str(name_or_path)!r} does not hold the parameters of its config.json: {wrong}"
             )

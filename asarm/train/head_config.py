@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from ..config import DataConfig, MaskingConfig, OptimizerConfig, require
+from ..config import DataConfig, MaskingConfig, OptimizerConfig, require, require_run_settings
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,4 @@ class TrainHeadConfig:
     num_threads: int | None = None
 
     def __post_init__(self):
-        require(self.seed >= 0, "seed", self.seed, "0 or more")
-        require(self.checkpoint_every >= 1, "checkpoint_every", self.checkpoint_every, "at least 1")
-        require(self.log_every >= 1, "log_every", self.log_every, "at least 1")
-        require(bool(self.data.files), "data.files", self.data.files, "a list of at least one file")
+        require_run_settings(self)
