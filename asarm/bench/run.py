@@ -94,11 +94,11 @@ def report(result: dict) -> str:
             text += f", uncached Hugging Face call {1e3 * of_dtype[0]['uncached_call_seconds']:.0f} ms"
         lines.append(text)
     if result["draft_steps"]:
+        lines += ["", f"A round's {config['k']} draft steps in ms, by the rank of the head's correction:", ""]
         lines += [
-            "",
-            f"| dtype | batch | ms for {config['k']} draft steps: rank 128 | full rank | 8,192 tokens | rank 128 / call |",
+            "| dtype | batch | rank 128 | full | full, 8,192 tokens | rank 128 / call |",
+            "|---|---|---|---|---|---|",
         ]
-        lines.append("|---|---|---|---|---|---|")
     for row in result["draft_steps"]:
         times = [f"{1e3 * row[key]:.1f}" for key in ("low_rank", "full", "frequent")]
         cells = [row["dtype"], row["batch_size"], *times, f"{row['low_rank'] / row['call_seconds']:.2f}"]
