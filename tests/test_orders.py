@@ -74,7 +74,7 @@ def test_errors_name_the_value(make, message):
         make()
 
 
-@pytest.mark.parametrize(("length", "visible_fraction"), [(2, 0.0), (5, 0.5), (40, 0.1), (40, 0.5), (40, 0.99)])
+@pytest.mark.parametrize(("length", "visible_fraction"), [(2, 0.0), (5, 0.5), (40, 0.1), (40, 0.5), (40, 0.9)])
 def test_random_spans_hide_as_many_tokens_as_a_random_subset_in_a_few_runs(length, visible_fraction):
     rng = np.random.default_rng(0)
     masked = int((~random_visible(length, visible_fraction, rng)).sum())
@@ -87,4 +87,4 @@ def test_random_spans_hide_as_many_tokens_as_a_random_subset_in_a_few_runs(lengt
         hidden += ~visible_N
     assert max(runs_seen) <= min(8, masked)
     assert hidden.min() > 0  # every position is hidden at times
-    assert len(runs_seen) > 1 or masked == length or visible_fraction in (0.1, 0.99)
+    assert len(runs_seen) > 1 or length < 40
