@@ -92,8 +92,7 @@ class PackedRows:
 
     def batches(self, step: int, rows_per_step: int) -> Iterator[tuple[np.ndarray, list[int], dict]]:
         for indices in rank_indices(step, rows_per_step, self.rank, self.world_size):
-            rows = [self.row(i) for i in indices]
-            yield np.stack(rows) if rows else np.empty((0, self.max_length), np.int32), indices, {}
+            yield np.array([self.row(i) for i in indices], np.int32).reshape(-1, self.max_length), indices, {}
 
     def load_state(self, state: dict) -> None:
         """Nothing to do: any row can be made at once."""

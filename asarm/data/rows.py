@@ -6,9 +6,10 @@ from typing import Protocol
 import numpy as np
 
 from ..config import DataConfig
+from ..errors import DataFileError
 from ..tokenizer import TextTokenizer
 from .packing import PackedRows
-from .sources import read_documents
+from .sources import find_files, iterate_documents
 
 
 class Rows(Protocol):
@@ -35,5 +36,11 @@ class Rows(Protocol):
 
 def open_rows(config: DataConfig, tokenizer: TextTokenizer, seed: int, rank: int = 0, world_size: int = 1) -> Rows:
     """The training rows that ``config`` describes, as rank ``rank`` of ``world_size`` processes reads them."""
-    documents = [d for name in config.files for d in read_documents(name)]
+    if config.streamed:
+        from .stream import StreamedRows  # the library behind it takes a second to import
+
+        return StreamedRows(config, tokenizer, seed, rank, world_size)
+    documents = [d for path in find_files(config.files) for d in iterate_documents(path, config.text_column)]
+    if not documents:
+        raise DataFileError(f"data.files {config.files} hold no text")
     return PackedRows(documents, tokenizer, config.max_length, seed, config.source_weights, rank, world_size)
