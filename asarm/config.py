@@ -108,7 +108,7 @@ class DataConfig:
         dataset_config: configuration name of the data set.
         data_dir: folder inside the data set (python, of bigcode/starcoderdata).
         split: of the data set.
-        revision: of the data set; without it each start reads its newest commit.
+        revision: of the data set; a commit, where a run that is resumed later must see the same text.
         text_column: where a record of JSON lines, Parquet or the data set holds its text.
         source_weights: how often a document of a source appears in an epoch, by pattern over its "source"; not of
             streamed text.
@@ -137,9 +137,8 @@ class DataConfig:
         require(self.max_length >= 2, "data.max_length", self.max_length, "at least 2")
         for pattern, weight in self.source_weights.items():
             require(weight >= 0, f"data.source_weights[{pattern!r}]", weight, "0 or more")
-        require(
-            not (self.source_weights and self.streamed), "data.source_weights", self.source_weights, "{} for streams"
-        )
+        weighted = bool(self.source_weights) and self.streamed
+        require(not weighted, "data.source_weights", self.source_weights, "empty where text is streamed")
         for name in ("dataset_config", "data_dir", "revision"):
             value = getattr(self, name)
             require(value is None or self.dataset is not None, f"data.{name}", value, "used with data.dataset")

@@ -98,8 +98,8 @@ def _require_access(name: str) -> None:
         known = error.response.status_code == 403
         who = "the account of your token has no access yet" if known else "no valid token was found"
         raise DataFileError(
-            f"data set {name!r} is gated, and {who}: accept its terms at {ENDPOINT}/datasets/{name}, and give a token of "
-            "that account with `hf auth login` or in the environment variable HF_TOKEN"
+            f"data set {name!r} is gated, and {who}: accept its terms at {ENDPOINT}/datasets/{name}, and give a token "
+            "of that account with `hf auth login` or in the environment variable HF_TOKEN"
         ) from error
     except Exception:  # no such data set, no network, offline mode: loading says it, or succeeds without
         return
@@ -114,6 +114,6 @@ def _explained(name: str, config: str | None, split: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise DataFileError(
-            f"cannot read data set {name!r} (configuration {config!r}, split {split!r}): give a Hub id that exists and a "
-            f"network that reaches it, or a local file ({reason(error)})"
+            f"cannot read data set {name!r} (configuration {config!r}, split {split!r}): give a Hub id that exists and "
+            f"a network that reaches it, or a local file ({reason(error)})"
         ) from error

@@ -56,8 +56,7 @@ def resolve_path(name: str) -> Path:
 
 
 def read_documents(name: str, wikitext: bool = False) -> list[Document]:
-    """All documents of a file, as :func:`iterate_documents` reads it; raises :class:`DataFileError` also for one without
-    text."""
+    """All documents of a file (:func:`iterate_documents`); raises :class:`DataFileError` also where there is none."""
     documents = list(iterate_documents(resolve_path(name), wikitext=wikitext))
     if not documents:
         raise DataFileError(f"data file {name!r} holds no text")

@@ -107,8 +107,8 @@ class Stream:
                 source = text.state_dict()
             if empty:
                 raise DataFileError(
-                    f"stream {self.index} of {self.config.streams} has no document in epoch {epoch}: give more text, or "
-                    "fewer data.streams"
+                    f"stream {self.index} of {self.config.streams} has no document in epoch {epoch}: give more text, "
+                    "or fewer data.streams"
                 )
             epoch, source = epoch + 1, None
 
