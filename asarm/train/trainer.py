@@ -174,7 +174,6 @@ class Trainer:
                 if stopped and not last:
                     why = stop.received or "a signal to another process"
                     raise StoppedError(f"stopped by {why} after step {done}; go on with --resume auto")
-        self.accelerator.end_training()
 
     def _update(self, step: int, loss: float) -> dict[str, float]:
         """Clip the gradient and take the optimiser's step, unless something is not finite: then count it."""
