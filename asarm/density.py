@@ -54,28 +54,28 @@ class ProjectedCrossEntropy(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VE.dtype
         wide = torch.promote_types(dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=hidden_TE.device)
-        grads = tuple(torch.zeros_like(x) for x in (hidden_TE, weight_VE, bias_V)) if any(ctx.needs_input_grad) else ()
-        with torch.autocast(device, enabled=False):
-            hidden_TE, matrix_VE, bias = hidden_TE.to(dtype), weight_VE.to(dtype), bias_V.to(dtype)
-            for first in range(0, len(target_T), TRAINED_ROWS):
-                rows = slice(first, first + TRAINED_ROWS)
-                logits_CV = F.linear(hidden_TE[rows], matrix_VE, bias)
-                logp_CV = logits_CV.log_softmax(-1, dtype=wide)
-                total -= (logp_CV.gather(1, target_T[rows, None]).squeeze(1) * weight_T[rows]).sum()
-                if not grads:
-                    continue
+        hidden_grads, weight_grad, bias_grad = [], 0, 0
+        for first in range(0, len(target_T), TRAINED_ROWS):
+            rows = slice(first, first + TRAINED_ROWS)
+            hidden_CE = hidden_TE[rows].to(dtype)
+            logp_CV = F.linear(hidden_CE, weight_VE, bias_V).log_softmax(-1, dtype=wide)
+            total -= (logp_CV.gather(1, target_T[rows, None]).squeeze(1) * weight_T[rows]).sum()
+            if any(ctx.needs_input_grad):
                 grad_CV = logp_CV.exp_()
                 grad_CV.scatter_add_(1, target_T[rows, None], -torch.ones_like(grad_CV[:, :1]))
                 grad_CV = grad_CV.mul_(weight_T[rows, None]).to(dtype)
-                grads[0][rows] = grad_CV @ matrix_VE
-                grads[1].add_(grad_CV.mT @ hidden_TE[rows])
-                grads[2].add_(grad_CV.sum(0))
-        ctx.save_for_backward(*grads)
+                hidden_grads.append((grad_CV @ weight_VE).to(hidden_TE.dtype))
+                bias_grad += grad_CV.sum(0).to(bias_V.dtype)
+                update_VE = grad_CV.mT @ hidden_CE
+                weight_grad = update_VE.to(weight_VE.dtype) if first == 0 else weight_grad.add_(update_VE)
+        if hidden_grads:
+            ctx.grads = torch.cat(hidden_grads), weight_grad, bias_grad
         return total
 
     @staticmethod
     def backward(ctx, grad):
-        return *(grad.to(x.dtype) * x for x in ctx.saved_tensors), None, None
+        grads, ctx.grads = ctx.grads, None  # scaled in place: the largest is of the size of the vocabulary matrix
+        return *(x.mul_(grad) for x in grads), None, None
 
 
 def cross_entropy_sum(

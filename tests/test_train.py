@@ -430,6 +430,7 @@ def test_the_average_of_the_weights_is_what_is_kept(text_file, tmp_path):
         assert torch.allclose(value, average, atol=1e-6), key
 
 
+@pytest.mark.slow
 def test_compiled_layers_train_the_same(text_file, tmp_path):
     runs = [small_run(text_file, tmp_path / str(c), steps=3, compile=c, architecture=NO_DROPOUT) for c in (False, True)]
     for run in runs:

@@ -80,5 +80,6 @@ def train(config: TrainConfig) -> Path:
     if accelerator.is_main_process:
         copy_with(model, whole, torch.device("cpu")).save_pretrained(final)
         tokenizer.backend.save(str(final / "tokenizer.json"))
+    accelerator.wait_for_everyone()
     accelerator.end_training()
     return final
