@@ -43,7 +43,7 @@ def evaluate(config: InfillEvalConfig) -> dict:
     out = prepare_output_dir(config.output_dir)
     text, gaps = READERS[type(config)](config)
     gaps = gaps[: config.limit]
-    model, tokenizer = load(config.model, config.revision, config.tokenizer, config.dtype)
+    model, tokenizer = load(config.model, config.revision, config.tokenizer, config.dtype, config.whitespace_map)
     tasks = [encode_gap(tokenizer, gap, index) for index, gap in enumerate(gaps)]
     require_memory_for_density(model, config.batch_size, max(len(task.ids) for task in tasks))
     log = RecordLog(out, asdict(config), {"tasks": fingerprint(tasks), "weights": model.fingerprint()})

@@ -43,7 +43,7 @@ def evaluate(config: SpeculativeConfig) -> dict:
     """Run, or go on with, the comparison; returns what ``summary.json`` holds."""
     out = prepare_output_dir(config.output_dir)
     text, documents = load_text(config.dataset, config.data_file, config.dataset_config, config.split)
-    model, tokenizer = load(config.model, config.revision, config.tokenizer, config.dtype)
+    model, tokenizer = load(config.model, config.revision, config.tokenizer, config.dtype, config.whitespace_map)
     if not config.samplers:
         config = replace(config, samplers=all_samplers(model))
     require_memory_for_density(model, config.batch_size, config.max_length)

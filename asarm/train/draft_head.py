@@ -181,7 +181,7 @@ def train_draft_head(config: TrainHeadConfig) -> Path:
     documents = [d for name in config.data.files for d in read_documents(name)]
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
-    model, tokenizer = load(config.model, config.revision, config.tokenizer)
+    model, tokenizer = load(config.model, config.revision, config.tokenizer, whitespace_map=config.whitespace_map)
     model.requires_grad_(False)
     require_memory_for_head(model, config)
     held_out = held_out_rows(config.held_out, tokenizer, config.data.max_length)

@@ -57,7 +57,7 @@ def train(config: TrainConfig) -> Path:
     """Run (or, with ``resume``, go on with) a training run; returns the folder of the final checkpoint."""
     out = open_run(config)
     documents = [d for name in config.data.files for d in read_documents(name)]
-    tokenizer = load_tokenizer(config.model, config.revision, config.tokenizer)
+    tokenizer = load_tokenizer(config.model, config.revision, config.tokenizer, config.whitespace_map)
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
