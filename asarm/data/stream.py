@@ -9,6 +9,7 @@ Streams repeat their share of the text without end, files in a new order each ep
 that do not fill a row at an epoch's end begin the first row of the next one.
 """
 
+import atexit
 import math
 import os
 import signal
@@ -150,16 +151,21 @@ class StreamedRows:
             worker_init_fn=_prepare_worker,
             generator=Generator(),  # its own: the default one is the training's
         )
-        parts = iter(loader)  # the workers in turn
-        while True:
-            rows, state = {}, {}
-            for part in islice(parts, max(1, self.num_workers)):
-                if isinstance(part, UserError):
-                    raise part
-                rows |= part[0]
-                state |= part[1]
-            indices = sorted(rows)
-            yield np.array([rows[i] for i in indices], np.int32).reshape(-1, self.max_length), indices, state
+        workers = [iter(loader)]  # ends them when it is let go of, which an uncaught error must not prevent
+        atexit.register(workers.clear)
+        try:
+            while True:
+                rows, state = {}, {}
+                for part in islice(workers[0], max(1, self.num_workers)):  # of each in turn
+                    if isinstance(part, UserError):
+                        raise part
+                    rows |= part[0]
+                    state |= part[1]
+                indices = sorted(rows)
+                yield np.array([rows[i] for i in indices], np.int32).reshape(-1, self.max_length), indices, state
+        finally:
+            atexit.unregister(workers.clear)
+            workers.clear()
 
 
 class _Reader(torch_data.IterableDataset):
