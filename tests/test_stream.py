@@ -266,3 +266,12 @@ def test_an_empty_data_set_is_named(tmp_path, tokenizer):
     Dataset.from_dict({"text": []}).to_parquet(str(tmp_path / "train.parquet"))
     with pytest.raises(DataFileError, match="holds no row"):
         open_rows(DataConfig(dataset=str(tmp_path)), tokenizer, 0)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_data_set_that_breaks_off_is_named(tmp_path, tokenizer, num_workers):
+    Dataset.from_dict({"text": [document(i) for i in range(9)]}).to_parquet(str(tmp_path / "train-0.parquet"))
+    (tmp_path / "train-1.parquet").write_bytes(b"a download that was not one")
+    config = DataConfig(dataset=str(tmp_path), max_length=8, streams=1, num_workers=num_workers)
+    with pytest.raises(DataFileError, match=r"^cannot read data set .*ArrowInvalid"):
+        next(open_rows(config, tokenizer, 0).batches(0, 4))
