@@ -55,7 +55,7 @@ def infill(
     """Fill the gaps of ``text`` (``<mask>`` is one token, ``<mask:12>`` twelve) ``num_samples`` times.
 
     Outside the gaps the text is kept to the byte; a text that the vocabulary cannot hold is refused. Special tokens
-    are never drawn. Raises :class:`TextError` for a text without a gap.
+    that stand for no text are never drawn. Raises :class:`TextError` for a text without a gap.
     """
     masked = tokenizer.encode_masked(text)
     config = without_special_tokens(config or SamplerConfig(), tokenizer)

@@ -11,11 +11,15 @@ from .tokenizer import TextTokenizer
 
 
 def load(
-    model: str, revision: str = "main", tokenizer: str | None = None, dtype: str = "float32"
+    model: str,
+    revision: str = "main",
+    tokenizer: str | None = None,
+    dtype: str = "float32",
+    whitespace_map: str | None = None,
 ) -> tuple[AnySubsetLM, TextTokenizer]:
     """Both, on the GPU where there is one; the tokenizer from ``tokenizer`` or from the model's own place."""
     logging.disable_progress_bar()
-    loaded_tokenizer = load_tokenizer(model, revision, tokenizer)
+    loaded_tokenizer = load_tokenizer(model, revision, tokenizer, whitespace_map)
     loaded = AnySubsetLM.from_pretrained(model, revision=revision, dtype=getattr(torch, dtype))
     check_vocabulary(loaded, loaded_tokenizer)
     return loaded.to(this_device()).eval(), loaded_tokenizer
@@ -29,9 +33,12 @@ def this_device() -> torch.device:
     return torch.device("cuda", local_rank % torch.cuda.device_count())
 
 
-def load_tokenizer(model: str | None, revision: str, tokenizer: str | None) -> TextTokenizer:
+def load_tokenizer(
+    model: str | None, revision: str, tokenizer: str | None, whitespace_map: str | None = None
+) -> TextTokenizer:
     """``tokenizer`` if it is named, else the model's own at the model's revision."""
-    return TextTokenizer.from_pretrained(tokenizer) if tokenizer else TextTokenizer.from_pretrained(model, revision)
+    where = (tokenizer, "main") if tokenizer else (model, revision)
+    return TextTokenizer.from_pretrained(*where, whitespace_map)
 
 
 def check_vocabulary(model: AnySubsetLM, tokenizer: TextTokenizer) -> None:

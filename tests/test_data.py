@@ -5,13 +5,14 @@ import json
 
 import numpy as np
 import pytest
+from datasets import Dataset
 
 from asarm import TextTokenizer
 from asarm.config import DataConfig
 from asarm.data.datasets import load_text
 from asarm.data.packing import PackedRows, pack_all, tokenize
 from asarm.data.rows import open_rows
-from asarm.data.sources import Document, read_documents
+from asarm.data.sources import Document, find_files, iterate_documents, read_documents
 from asarm.errors import ConfigError, DataFileError
 
 
@@ -57,12 +58,34 @@ def test_environment_variables_in_paths(tmp_path, monkeypatch):
         ("bad.jsonl", b'{"story": "no text"}\n', "line 1: expected an object with a string"),
         ("bad.jsonl.gz", b"not gzip", "cannot read data file"),
         ("bad.txt", b"\xff\xfe\xfa", "cannot read data file"),
+        ("bad.jsonl.zst", b"not Zstandard", "cannot read data file"),
+        ("cut.jsonl.gz", gzip.compress(b'{"text": "fine"}\n' * 99)[:-9], "Truncated"),
+        ("bad.parquet", b"not Parquet", "cannot read data file"),
     ],
 )
 def test_file_errors(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataFileError, match=message):
         read_documents(str(tmp_path / name))
+
+
+def test_parquet_columns_and_records_without_text(tmp_path):
+    path = tmp_path / "a.parquet"
+    Dataset.from_dict({"content": ["one", None, " ", "two"], "source": list("abcd")}).to_parquet(str(path))
+    assert list(iterate_documents(path, "content")) == [Document("one", "a"), Document("two", "d")]
+    with pytest.raises(DataFileError, match=r"no column 'text'; it has \['content', 'source'\]"):
+        read_documents(str(path))
+
+
+def test_patterns_name_files_once(tmp_path, tokenizer):
+    for name in ("b.txt", "a.txt"):
+        (tmp_path / name).write_text(f"The file {name} has this text.")
+    assert [p.name for p in find_files([str(tmp_path / "*.txt")])] == ["a.txt", "b.txt"]
+    with pytest.raises(DataFileError, match=r"a\.txt'\] are named more than once"):
+        find_files([str(tmp_path / "*.txt"), str(tmp_path / "a.txt")])
+    (tmp_path / "empty.txt").write_text(" \n")
+    with pytest.raises(DataFileError, match="hold no text"):
+        open_rows(DataConfig(files=[str(tmp_path / "empty.txt")]), tokenizer, 0)
 
 
 def test_missing_file_and_unreachable_data_set(tmp_path):
@@ -73,16 +96,12 @@ def test_missing_file_and_unreachable_data_set(tmp_path):
 
 
 def test_a_data_set_folder_as_the_hub_holds_it(tmp_path):
-    from datasets import Dataset
-
     Dataset.from_dict({"text": ["one", "", "two"]}).to_parquet(str(tmp_path / "validation-00000-of-00001.parquet"))
     source, documents = load_text(str(tmp_path))
     assert [d.text for d in documents] == ["one", "two"] and "validation" in source
 
 
 def test_wikitext_rows_of_the_hub_become_the_articles_of_the_file(tmp_path, monkeypatch):
-    from datasets import Dataset
-
     from asarm.data import datasets
 
     lines = [

@@ -45,7 +45,7 @@ def load_text(
 
 def _from_hub(name: str, config: str | None, split: str) -> list[Document]:
     rows = open_hub(name, config, split)
-    with _explained(name, config, split):
+    with explained(name, config, split):
         documents = [to_document(row, "text", f"data set {name!r}") for row in rows.take(MAX_ROWS)]
     if name == WIKITEXT_HUB[0]:  # one line a row: put the articles together again
         lines = (d.text if d.text.endswith("\n") else d.text + "\n" for d in documents)
@@ -73,7 +73,7 @@ def open_hub(
 
     if not Path(name).is_dir():
         _require_access(name)
-    with _explained(name, config, split):
+    with explained(name, config, split):
         rows = load_dataset(name, config, split=split, data_dir=data_dir, revision=revision, streaming=True)
         first = next(iter(rows), None)
     if first is None:
@@ -106,8 +106,8 @@ def _require_access(name: str) -> None:
 
 
 @contextmanager
-def _explained(name: str, config: str | None, split: str) -> Iterator[None]:
-    """Errors of loading as one of the user's: the library raises its own, the Hub's, Arrow's and the network's."""
+def explained(name: str, config: str | None, split: str) -> Iterator[None]:
+    """Errors of reading a data set as the user's: the library raises its own, the Hub's, Arrow's and the network's."""
     try:
         yield
     except UserError:

@@ -35,7 +35,11 @@ class Rows(Protocol):
 
 
 def open_rows(config: DataConfig, tokenizer: TextTokenizer, seed: int, rank: int = 0, world_size: int = 1) -> Rows:
-    """The training rows that ``config`` describes, as rank ``rank`` of ``world_size`` processes reads them."""
+    """The training rows that ``config`` describes, as rank ``rank`` of ``world_size`` processes reads them.
+
+    Raises :class:`~asarm.errors.UserError` where there is nothing to read.
+    """
+    config.require_source()
     if config.streamed:
         from .stream import StreamedRows  # the library behind it takes a second to import
 

@@ -15,9 +15,7 @@ import pyarrow.parquet as pq
 from ..errors import DataFileError
 
 WIKITEXT_TITLE = re.compile(r"^ = (?!=).+ = $")
-FORMS = (
-    "text (.txt, .raw, any other ending), JSON lines (.jsonl) or Parquet (.parquet), the first two also as .gz, .zst"
-)
+FORMS = "JSON lines (.jsonl), Parquet (.parquet) or text (any other name), all but Parquet also compressed (.gz, .zst)"
 
 
 @dataclass(frozen=True)

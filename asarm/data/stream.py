@@ -5,29 +5,32 @@ and shuffles its rows in blocks; row i of the run is row i // streams of stream 
 that hold its rows. So which rows a step has is a function of the settings and the seed alone, and a state is no more
 than a place near which to begin reading: any processes and workers can go on from it, at the exact next row.
 
-Streams repeat their share of the text without end, files in a new order each epoch. Nothing is dropped: the tokens
-that do not fill a row at an epoch's end begin the first row of the next one.
+Streams repeat their share of the text without end, files in a new order each epoch; one with a smaller share begins its
+next epoch sooner. Nothing is dropped: the tokens that do not fill a row at a stream's end of an epoch begin its first
+row of the next.
 """
 
+import atexit
 import math
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
 
 import numpy as np
+import torch
 from datasets import IterableDataset
 from datasets.distributed import split_dataset_by_node
-from torch import Generator
 from torch.utils import data as torch_data
 
 from ..config import DataConfig
 from ..errors import DataFileError, UserError
 from ..rng import generator
 from ..tokenizer import TextTokenizer
-from .datasets import open_hub
+from .datasets import explained, open_hub
 from .packing import rank_indices, tokenize
 from .sources import Document, find_files, iterate_documents
 
@@ -44,7 +47,10 @@ def open_text(config: DataConfig) -> tuple[IterableDataset, str]:
     for path in files:
         next(iterate_documents(path, config.text_column), None)  # a file that is not as it should be: say so now
     make = {"files": [str(path) for path in files], "text_column": config.text_column}
-    return IterableDataset.from_generator(_texts, gen_kwargs=make), "text"
+    try:
+        return IterableDataset.from_generator(_texts, gen_kwargs=make), "text"
+    except OSError as error:  # of a lock that the library takes in its cache, although it keeps nothing there
+        raise DataFileError(f"cannot stream {config.files}: {error}; let HF_HOME name a folder to write to") from error
 
 
 def _texts(files: list[str], text_column: str) -> Iterator[dict[str, str]]:
@@ -98,13 +104,14 @@ class Stream:
             text = self._share(epoch)
             if source is not None:
                 text.load_state_dict(source)
-            empty = source is None
-            for batch in text.iter(batch_size=DOCUMENTS_READ):
-                documents = [Document(t) for t in batch[self.column] if t and t.strip()]
-                if documents:
-                    empty = False
-                    yield epoch, source, np.concatenate(tokenize(documents, self.tokenizer))
-                source = text.state_dict()
+            empty, c = source is None, self.config
+            with explained(c.dataset, c.dataset_config, c.split) if c.dataset else nullcontext():
+                for batch in text.iter(batch_size=DOCUMENTS_READ):
+                    documents = [Document(t) for t in batch[self.column] if t and t.strip()]
+                    if documents:
+                        empty = False
+                        yield epoch, source, np.concatenate(tokenize(documents, self.tokenizer))
+                    source = text.state_dict()
             if empty:
                 raise DataFileError(
                     f"stream {self.index} of {self.config.streams} has no document in epoch {epoch}: give more text, "
@@ -148,18 +155,23 @@ class StreamedRows:
             collate_fn=_as_it_is,
             num_workers=self.num_workers,
             worker_init_fn=_prepare_worker,
-            generator=Generator(),  # its own: the default one is the training's
+            generator=torch.Generator(),  # its own: the default one is the training's
         )
-        parts = iter(loader)  # the workers in turn
-        while True:
-            rows, state = {}, {}
-            for part in islice(parts, max(1, self.num_workers)):
-                if isinstance(part, UserError):
-                    raise part
-                rows |= part[0]
-                state |= part[1]
-            indices = sorted(rows)
-            yield np.array([rows[i] for i in indices], np.int32).reshape(-1, self.max_length), indices, state
+        workers = [iter(loader)]  # ends them when it is let go of, which an uncaught error must not prevent
+        atexit.register(workers.clear)
+        try:
+            while True:
+                rows, state = {}, {}
+                for part in islice(workers[0], max(1, self.num_workers)):  # of each in turn
+                    if isinstance(part, UserError):
+                        raise part
+                    rows |= part[0]
+                    state |= part[1]
+                indices = sorted(rows)
+                yield np.array([rows[i] for i in indices], np.int32).reshape(-1, self.max_length), indices, state
+        finally:
+            atexit.unregister(workers.clear)
+            workers.clear()
 
 
 class _Reader(torch_data.IterableDataset):

@@ -17,6 +17,8 @@ class ModelConfig:
         model: embedded name (tiny-english), folder or Hub id.
         revision: of a Hub id.
         tokenizer: folder or Hub id with a tokenizer.json (default: the model's own).
+        whitespace_map: code where the checkpoint was trained on programs as the published revision code was: line
+            breaks, tabs and double spaces as special tokens of XLNet's vocabulary.
         seed: of masks and samples.
         json: print one JSON object instead of plain text.
     """
@@ -24,6 +26,7 @@ class ModelConfig:
     model: str = "tiny-english"
     revision: str = "main"
     tokenizer: str | None = None
+    whitespace_map: str | None = None
     seed: int = 0
     json: bool = False
 

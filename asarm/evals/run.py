@@ -66,7 +66,7 @@ class EvalRun:
             name, _, revision = baseline.partition("@")
             models.append((f"{baseline} ", name, revision or "main"))
         for prefix, name, revision in models:
-            model, tokenizer = load(name, revision, config.tokenizer, config.dtype)
+            model, tokenizer = load(name, revision, config.tokenizer, config.dtype, config.whitespace_map)
             self.log.identify(f"{prefix}model", {"weights": model.fingerprint()})
             has = all_samplers(model)
             names = has if not config.samplers else config.samplers

@@ -175,6 +175,8 @@ class TrainConfig:
         model: start from this embedded name, folder or Hub id; without it, from random weights by architecture.
         revision: of a Hub id.
         tokenizer: folder or Hub id with a tokenizer.json (default: the model's own).
+        whitespace_map: code for programs in XLNet's vocabulary, which has no line breaks: they, tabs and double spaces
+            become special tokens, as in the published revision code.
         architecture: XLNetConfig fields for a model from scratch (d_model, n_layer, n_head, d_inner, ...).
         data: training text.
         masking: what is hidden, and the order of decoding.
@@ -198,6 +200,7 @@ class TrainConfig:
     model: str | None = None
     revision: str = "main"
     tokenizer: str | None = None
+    whitespace_map: str | None = None
     architecture: dict[str, int | float | str] = field(default_factory=dict)
     data: DataConfig = field(default_factory=DataConfig)
     masking: MaskingConfig = field(default_factory=MaskingConfig)

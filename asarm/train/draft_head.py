@@ -175,7 +175,7 @@ def require_memory_for_head(model: AnySubsetLM, config: TrainHeadConfig) -> None
 def train_draft_head(config: TrainHeadConfig) -> Path:
     """Run (or, with ``resume``, go on with) a training run; returns the folder that holds ``draft_head/``."""
     accelerator, out = start_processes(config)
-    model, tokenizer = load(config.model, config.revision, config.tokenizer)
+    model, tokenizer = load(config.model, config.revision, config.tokenizer, whitespace_map=config.whitespace_map)
     model.to(accelerator.device).requires_grad_(False)
     require_memory_for_head(model, config)
     held_out = held_out_rows(config.held_out, tokenizer, config.data.max_length)
@@ -202,8 +202,9 @@ def train_draft_head(config: TrainHeadConfig) -> Path:
         return trainer.accumulate(parts, losses)
 
     def measure(done: int) -> None:
-        due = held_out and (done % config.held_out.every == 0 or done == o.steps)
-        if due and accelerator.is_main_process:
+        if not held_out or (done % config.held_out.every and done != o.steps):
+            return
+        if accelerator.is_main_process:
             for fraction in config.held_out.masked_fractions:
                 measured = acceptance_by_index(model, trainer.trained, held_out, fraction, config)
                 trainer.record(HELD_OUT, done, {"masked_fraction": fraction} | measured)

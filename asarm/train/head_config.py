@@ -79,6 +79,7 @@ class TrainHeadConfig:
         model: the trunk: embedded name, folder or Hub id.
         revision: of a Hub id.
         tokenizer: folder or Hub id with a tokenizer.json (default: the trunk's own).
+        whitespace_map: as in the trunk's training.
         head: shape of the head.
         data: training text.
         masking: masking-rate range.
@@ -99,6 +100,7 @@ class TrainHeadConfig:
     model: str = "tiny-english"
     revision: str = "main"
     tokenizer: str | None = None
+    whitespace_map: str | None = None
     head: HeadConfig = field(default_factory=HeadConfig)
     data: DataConfig = field(default_factory=DataConfig)
     masking: MaskingConfig = field(default_factory=lambda: MaskingConfig(0.3, 0.97, 0.3, 0.97, 0))
