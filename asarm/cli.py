@@ -1,7 +1,8 @@
 """``python -m asarm``: infill, score, train, train-draft-head, the evaluations and the benchmarks.
 
 Every command takes ``--config FILE.yaml``, overridden by ``--key value``; ``--print_config`` shows the result. A
-mistake of the user's is one line on standard error and exit status 2.
+mistake of the user's is one line on standard error and exit status 2; a training run that a signal stopped exits with
+75, which asks for the same command again.
 """
 
 import json
@@ -15,7 +16,7 @@ from jsonargparse import ActionConfigFile, ActionYesNo, ArgumentParser
 
 from .bench.config import BenchDecodeConfig
 from .config import TrainConfig
-from .errors import ConfigError, UserError
+from .errors import EXIT_STOPPED, ConfigError, StoppedError, UserError
 from .evals.config import (
     CodeInfillConfig,
     DecodingConfig,
@@ -140,18 +141,20 @@ def build_parser(prog: str, description: str, commands: dict) -> ArgumentParser:
 
 
 def _command_parser(config_class: type) -> ArgumentParser:
-    """``--key value`` for every field. Switches need no value, and lists take words: ``--samplers assd sequential``
-    or ``assd,sequential``."""
+    """``--key value`` for every field. Switches need no value (nor do fields that name one for the bare option), and
+    lists take words: ``--samplers assd sequential`` or ``assd,sequential``."""
     parser = ArgumentParser(description=_first_line(config_class))
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of the settings below.")
     documented = [p for cls in config_class.__mro__[:-1] for p in docstring_parser.parse(cls.__doc__).params]
     help_texts = {p.arg_name: p.description for p in documented}
-    special = [f for f in fields(config_class) if f.type is bool or get_origin(f.type) is list]
+    special = [f for f in fields(config_class) if f.type is bool or get_origin(f.type) is list or "bare" in f.metadata]
     parser.add_class_arguments(config_class, skip={f.name for f in special})
     for f in special:
         text = help_texts[f.name]
         if f.type is bool:
             parser.add_argument(f"--{f.name}", action=ActionYesNo, nargs="?", default=f.default, help=text)
+        elif bare := f.metadata.get("bare"):
+            parser.add_argument(f"--{f.name}", nargs="?", const=bare, type=f.type, default=f.default, help=text)
         else:
             item = get_args(f.type)[0] | str
             parser.add_argument(f"--{f.name}", nargs="+", type=item, default=f.default_factory(), help=text)
@@ -196,6 +199,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except StoppedError as error:
+        print(error, file=sys.stderr)
+        return EXIT_STOPPED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

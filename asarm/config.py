@@ -11,6 +11,7 @@ from .errors import ConfigError
 SAMPLERS = ("sequential", "assd", "assd-head", "assd-ngram", "parallel")
 ONE_PASS = "+one-pass"
 ONE_PASS_SAMPLERS = ("assd", "assd-head")
+RESUME = ("never", "auto", "must")
 
 
 def require(ok: bool, name: str, value: object, rule: str) -> None:
@@ -187,6 +188,7 @@ def require_run_settings(config) -> None:
     require(config.seed >= 0, "seed", config.seed, "0 or more")
     require(config.checkpoint_every >= 1, "checkpoint_every", config.checkpoint_every, "at least 1")
     require(config.log_every >= 1, "log_every", config.log_every, "at least 1")
+    require(config.resume in RESUME, "resume", config.resume, f"one of {', '.join(RESUME)}")
     require(bool(config.data.files), "data.files", config.data.files, "a list of at least one file")
 
 
@@ -204,7 +206,8 @@ class TrainConfig:
         masking: masking-rate range.
         optimizer: optimiser and batch.
         seed: of weights, rows and orders.
-        resume: go on from the newest checkpoint in output_dir.
+        resume: never, auto (the option without a value: go on from the newest valid checkpoint in output_dir, begin
+            where there is none) or must.
         checkpoint_every: steps between checkpoints.
         log_every: steps between lines of metrics.jsonl.
         num_threads: CPU threads (default: all).
@@ -219,7 +222,7 @@ class TrainConfig:
     masking: MaskingConfig = field(default_factory=MaskingConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     seed: int = 0
-    resume: bool = False
+    resume: str = field(default="never", metadata={"bare": "auto"})
     checkpoint_every: int = 500
     log_every: int = 10
     num_threads: int | None = None

@@ -6,6 +6,8 @@ library caller sees an ordinary ``ValueError``.
 
 from textwrap import shorten
 
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: the work is saved, start the command again
+
 
 class UserError(ValueError):
     """Something the caller can put right. The message says what was wrong and what to do."""
@@ -42,3 +44,8 @@ class OutputDirError(UserError):
 
 class MemoryBudgetError(UserError):
     """A computation that would not fit into the memory that is free."""
+
+
+class StoppedError(Exception):
+    """A run that a signal stopped after it saved its state; not the user's mistake. The command line exits with
+    ``EXIT_STOPPED``."""

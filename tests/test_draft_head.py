@@ -262,7 +262,7 @@ def test_resume_equals_an_uninterrupted_run_bit_for_bit(head_run, tmp_path, monk
     with pytest.raises(KeyboardInterrupt):
         train_draft_head(head_run)
     monkeypatch.setattr(training, "accumulate_head_gradients", original)
-    parts = train_draft_head(replace(head_run, resume=True))
+    parts = train_draft_head(replace(head_run, resume="auto"))
     first, second = (load_file(folder / "draft_head" / "model.safetensors") for folder in (whole, parts))
     assert all(torch.equal(first[key], second[key]) for key in first)
     for name in ("metrics.jsonl", "held_out.jsonl"):

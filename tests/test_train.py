@@ -19,7 +19,14 @@ from asarm import AnySubsetLM, Order, TextTokenizer, joint_log_prob
 from asarm.config import DataConfig, MaskingConfig, OptimizerConfig, TrainConfig
 from asarm.data.packing import PackedRows
 from asarm.data.sources import Document
-from asarm.errors import CheckpointMismatchError, ConfigError, DataFileError, MemoryBudgetError, OutputDirError
+from asarm.errors import (
+    EXIT_STOPPED,
+    CheckpointMismatchError,
+    ConfigError,
+    DataFileError,
+    MemoryBudgetError,
+    OutputDirError,
+)
 from asarm.train import loop
 from asarm.train.checkpoint import checkpoints
 from asarm.train.loop import train
@@ -132,7 +139,7 @@ def train_in_two_parts(config: TrainConfig, monkeypatch) -> Path:
     with pytest.raises(KeyboardInterrupt):
         train(config)
     monkeypatch.setattr(loop, "accumulate_gradients", original)
-    return train(replace(config, resume=True))
+    return train(replace(config, resume="must"))
 
 
 def test_resume_equals_an_uninterrupted_run_bit_for_bit(text_file, tmp_path, monkeypatch):
@@ -226,4 +233,58 @@ def test_errors_before_the_first_step(text_file, tmp_path, change, error, messag
 def test_resuming_with_other_settings_names_them(text_file, tmp_path):
     train(small_run(text_file, tmp_path / "run", steps=5))
     with pytest.raises(ConfigError, match="optimizer"):
-        train(small_run(text_file, tmp_path / "run", steps=9, resume=True))
+        train(small_run(text_file, tmp_path / "run", steps=9, resume="must"))
+
+
+def train_command(text_file, out, *words) -> list[str]:
+    """A small run as a process."""
+    architecture = '{"d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 16, "dropout": 0.1}'
+    command = ["--output_dir", str(out), "--tokenizer", "tiny-english", "--architecture", architecture]
+    command += ["--data.files", f"['{text_file}']", "--data.max_length", "16", "--num_threads", "1"]
+    command += ["--optimizer.rows_per_step", "2", "--optimizer.rows_per_pass", "2", *words]
+    return [sys.executable, "-m", "asarm", "train", *command]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_stop_signal_saves_and_asks_for_another_start(text_file, tmp_path, number):
+    words = ("--optimizer.steps", "100000", "--checkpoint_every", "100000", "--log_every", "1", "--resume", "auto")
+    process = subprocess.Popen(train_command(text_file, tmp_path / "run", *words), stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "run" / "metrics.jsonl").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == EXIT_STOPPED == 75, errors
+    assert f"stopped by {number.name} after step" in errors and "Traceback" not in errors
+    (saved,) = checkpoints(tmp_path / "run" / "checkpoints")
+    assert torch.load(saved / "state.pt", weights_only=True)["step"] == len(losses(tmp_path / "run"))
+
+
+def damage(checkpoint: Path, how: str) -> None:
+    data = bytearray((checkpoint / "state.pt").read_bytes())
+    if how == "cut short":
+        data = data[: len(data) // 2]
+    else:
+        data[len(data) // 2] ^= 255
+    (checkpoint / "state.pt").write_bytes(data)
+
+
+@pytest.mark.parametrize("how", ["cut short", "one byte changed"])
+def test_a_damaged_checkpoint_is_skipped_with_a_warning(text_file, tmp_path, how):
+    whole = small_run(text_file, tmp_path / "run")
+    before = load_file(train(whole) / "model.safetensors")
+    older, newer = checkpoints(tmp_path / "run" / "checkpoints")
+    damage(newer, how)
+    with pytest.warns(UserWarning, match=f"damaged checkpoint {newer}"):
+        after = load_file(train(replace(whole, resume="auto")) / "model.safetensors")
+    assert all(torch.equal(before[key], after[key]) for key in before), "steps 11 and 12 were run again"
+    for path in (older, newer):
+        damage(path, how)
+    with pytest.raises(OutputDirError, match="can be read"), pytest.warns(UserWarning, match="damaged"):
+        train(replace(whole, resume="auto"))
+
+
+def test_resume_auto_begins_where_there_is_nothing_and_must_refuses(text_file, tmp_path):
+    with pytest.raises(OutputDirError, match="holds no checkpoint to go on from"):
+        train(small_run(text_file, tmp_path / "run", steps=2, resume="must"))
+    train(small_run(text_file, tmp_path / "run", steps=2, resume="auto"))
+    assert len(losses(tmp_path / "run")) == 2

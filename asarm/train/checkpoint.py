@@ -3,9 +3,13 @@
 import os
 import re
 import shutil
+import warnings
 from pathlib import Path
+from zipfile import BadZipFile, ZipFile
 
 import torch
+
+from ..errors import OutputDirError, reason
 
 STEP_DIR = re.compile(r"step-(\d+)$")
 KEPT = 2  # newest checkpoints that are not pruned
@@ -44,6 +48,24 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def load_newest(folder: Path) -> dict | None:
-    """The state saved last, or None where there is none."""
+    """The state saved last that can be read, or None where nothing was saved.
+
+    A damaged one is skipped with a warning; raises :class:`OutputDirError` where all are.
+    """
     found = checkpoints(folder)
-    return torch.load(found[-1] / "state.pt", map_location="cpu", weights_only=True) if found else None
+    for path in reversed(found):
+        try:
+            return _load_whole(path / "state.pt")
+        except (OSError, BadZipFile) as error:
+            warnings.warn(f"skipping the damaged checkpoint {path}: {reason(error)}", stacklevel=2)
+    if found:
+        raise OutputDirError(f"no checkpoint in {folder} can be read; remove the folder to begin afresh")
+    return None
+
+
+def _load_whole(path: Path) -> dict:
+    """A state file whose checksums are right; raises ``BadZipFile`` for another (``torch.load`` does not look)."""
+    with ZipFile(path) as archive:
+        if damaged := archive.testzip():
+            raise BadZipFile(f"wrong checksum of {damaged}")
+    return torch.load(path, map_location="cpu", weights_only=True)

@@ -188,7 +188,7 @@ def train_draft_head(config: TrainHeadConfig) -> Path:
     torch.manual_seed(config.seed)
     head = DraftHead.for_trunk(model, **asdict(config.head)).train()
     optimizer = build_optimizer(head, config)
-    start = restore(out, config, head, optimizer) if config.resume else 0
+    start = restore(out, config, head, optimizer)
     rows = PackedRows(documents, tokenizer, config.data.max_length, config.seed, config.data.source_weights)
     begin_records(out, config, start)
 

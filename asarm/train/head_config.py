@@ -85,7 +85,8 @@ class TrainHeadConfig:
         optimizer: optimiser and batch.
         held_out: text to measure acceptance on.
         seed: of weights, rows, orders and windows.
-        resume: go on from the newest checkpoint in output_dir.
+        resume: never, auto (the option without a value: go on from the newest valid checkpoint in output_dir, begin
+            where there is none) or must.
         checkpoint_every: steps between checkpoints.
         log_every: steps between lines of metrics.jsonl.
         num_threads: CPU threads (default: all).
@@ -102,7 +103,7 @@ class TrainHeadConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     held_out: HeldOutConfig = field(default_factory=HeldOutConfig)
     seed: int = 0
-    resume: bool = False
+    resume: str = field(default="never", metadata={"bare": "auto"})
     checkpoint_every: int = 100
     log_every: int = 10
     num_threads: int | None = None

@@ -15,7 +15,7 @@ from transformers import XLNetConfig
 from ..config import TrainConfig
 from ..data.packing import PackedRows
 from ..data.sources import read_documents
-from ..errors import ConfigError, OutputDirError
+from ..errors import ConfigError, OutputDirError, StoppedError
 from ..loading import check_vocabulary, load_tokenizer
 from ..memory import require_memory, training_bytes
 from ..model import AnySubsetLM
@@ -24,6 +24,7 @@ from .checkpoint import checkpoints, load_newest, save_checkpoint
 from .head_config import TrainHeadConfig
 from .objective import accumulate_gradients, step_batch
 from .schedule import lr_factor, masking_range
+from .stopping import StopSignals
 
 HELD_OUT_LOG = "held_out.jsonl"
 
@@ -66,7 +67,7 @@ def train(config: TrainConfig) -> Path:
     rows_per_pass, length = config.optimizer.rows_per_pass, config.data.max_length
     require_memory(model, rows_per_pass, length, training_bytes(model, rows_per_pass, length))
     optimizer = build_optimizer(model, config)
-    start = restore(out, config, model, optimizer) if config.resume else 0
+    start = restore(out, config, model, optimizer)
     rows = PackedRows(documents, tokenizer, config.data.max_length, config.seed, config.data.source_weights)
 
     def compute(step: int) -> dict:
@@ -86,7 +87,7 @@ def train(config: TrainConfig) -> Path:
 def open_run(config: TrainConfig | TrainHeadConfig) -> Path:
     """The output folder; one that holds a run already is refused unless the run is resumed."""
     out = prepare_output_dir(config.output_dir)
-    if not config.resume and (checkpoints(out / "checkpoints") or (out / "final").exists()):
+    if config.resume == "never" and (checkpoints(out / "checkpoints") or (out / "final").exists()):
         raise OutputDirError(f"{out} already holds a run; go on with it with --resume, or choose another --output_dir")
     return out
 
@@ -103,8 +104,10 @@ def begin_records(out: Path, config: TrainConfig | TrainHeadConfig, start: int) 
 def restore(
     out: Path, config: TrainConfig | TrainHeadConfig, model: torch.nn.Module, optimizer: torch.optim.Optimizer
 ) -> int:
-    """Load the newest checkpoint of the run, if any; returns the step to go on with."""
-    state = load_newest(out / "checkpoints")
+    """Load the newest valid checkpoint of a run that is resumed, if any; returns the step to go on with."""
+    state = None if config.resume == "never" else load_newest(out / "checkpoints")
+    if state is None and config.resume == "must":
+        raise OutputDirError(f"{out} holds no checkpoint to go on from; use --resume auto, or name the run's folder")
     if state is None:
         return 0
     free = {"resume", "output_dir", "num_threads", "checkpoint_every", "log_every"}
@@ -133,28 +136,34 @@ def run_steps(
     after: Callable[[int], None] = lambda done: None,
 ) -> None:
     """The steps from ``start`` on: ``compute(step)`` leaves gradients behind and returns what is logged ("loss" and
-    more); ``after(steps done)`` is called after each."""
+    more); ``after(steps done)`` is called after each.
+
+    Raises :class:`StoppedError` after the step in which a stop signal came, its checkpoint written.
+    """
     o = config.optimizer
-    bar = tqdm(total=o.steps, initial=start, unit="step", desc="train", smoothing=0.05)
-    clock, clock_step = time.perf_counter(), start
-    for step in range(start, o.steps):
-        lr = o.lr * lr_factor(step, o)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        measured = compute(step)
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), o.grad_clip).item()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        bar.update()
-        done = step + 1
-        if done % config.log_every == 0 or done == o.steps:
-            seconds = time.perf_counter() - clock
-            tokens_per_second = (done - clock_step) * o.rows_per_step * config.data.max_length / seconds
-            record = {"step": done, "grad_norm": grad_norm, "lr": lr, "tokens_per_second": tokens_per_second}
-            append_line(out / "metrics.jsonl", measured | record)
-            bar.set_postfix(loss=f"{measured['loss']:.3f}", tok_s=f"{tokens_per_second:.0f}")
-            clock, clock_step = time.perf_counter(), done
-        after(done)
-        if done % config.checkpoint_every == 0 or done == o.steps:
-            save_checkpoint(out / "checkpoints", done, model, optimizer, asdict(config))
-    bar.close()
+    with StopSignals() as stop:
+        bar = tqdm(total=o.steps, initial=start, unit="step", desc="train", smoothing=0.05)
+        clock, clock_step = time.perf_counter(), start
+        for step in range(start, o.steps):
+            lr = o.lr * lr_factor(step, o)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            measured = compute(step)
+            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), o.grad_clip).item()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            bar.update()
+            done = step + 1
+            if done % config.log_every == 0 or done == o.steps:
+                seconds = time.perf_counter() - clock
+                tokens_per_second = (done - clock_step) * o.rows_per_step * config.data.max_length / seconds
+                record = {"step": done, "grad_norm": grad_norm, "lr": lr, "tokens_per_second": tokens_per_second}
+                append_line(out / "metrics.jsonl", measured | record)
+                bar.set_postfix(loss=f"{measured['loss']:.3f}", tok_s=f"{tokens_per_second:.0f}")
+                clock, clock_step = time.perf_counter(), done
+            after(done)
+            if done % config.checkpoint_every == 0 or done == o.steps or stop.received:
+                save_checkpoint(out / "checkpoints", done, model, optimizer, asdict(config))
+            if stop.received and done < o.steps:
+                raise StoppedError(f"stopped by {stop.received} after step {done}; go on with --resume auto")
+        bar.close()
