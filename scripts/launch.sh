@@ -12,10 +12,11 @@ asarm_launch() {
     # shellcheck disable=SC1091
     source "$root/scripts/setup.sh"
     export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+    [ -t 2 ] || export TQDM_MININTERVAL="${TQDM_MININTERVAL:-60}" # a line a minute is enough in a log file
     asarm_command "$root" "$@"
     asarm_run || status=$?
     # 75: stopped at a checkpoint; 138: by USR1 before training was ready to answer it, so that nothing is lost either
-    case $status in 75 | 138) asarm_stopped ;; esac
+    case $status in 75 | 138) asarm_requeue ;; esac
     return "$status"
 }
 
@@ -34,7 +35,8 @@ asarm_command() {
         --num_machines "$nodes" --num_processes $((nodes * processes))
         --main_process_ip "$address" --main_process_port "$port" -m asarm "$@")
     # once one node's processes have ended, the others have a minute to end too
-    [ "$nodes" -eq 1 ] || ASARM_COMMAND=(srun --nodes="$nodes" --ntasks="$nodes" --wait=60 "${ASARM_COMMAND[@]}")
+    [ "$nodes" -eq 1 ] || ASARM_COMMAND=(srun --nodes="$nodes" --ntasks="$nodes" ${SLURM_CPUS_PER_TASK:+"--cpus-per-task=$SLURM_CPUS_PER_TASK"}
+        --wait=60 "${ASARM_COMMAND[@]}")
 }
 
 # How many processes to start on a node: one per GPU that PyTorch sees, or one.
@@ -61,14 +63,13 @@ asarm_run() {
     return "$status"
 }
 
-# The run stopped before its end, on request: put the job back into the queue, unless it is being cancelled, or say how to go on.
-asarm_stopped() {
-    if [ -z "${SLURM_JOB_ID:-}" ]; then
-        echo "launch: stopped before the end; the same command with --resume auto goes on" >&2
-    elif [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" = RUNNING ]; then
-        echo "launch: stopped before the end; requeueing job $SLURM_JOB_ID" >&2
+# Put the job back into the queue, unless it is stopping because it was cancelled. (Under bash, Python has said how to go on.)
+asarm_requeue() {
+    [ -n "${SLURM_JOB_ID:-}" ] || return 0
+    if [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" = RUNNING ]; then
+        echo "launch: requeueing job $SLURM_JOB_ID" >&2
         scontrol requeue "$SLURM_JOB_ID"
     else
-        echo "launch: job $SLURM_JOB_ID is being ended; it is not requeued" >&2
+        echo "launch: job $SLURM_JOB_ID is being ended and not requeued" >&2
     fi
 }

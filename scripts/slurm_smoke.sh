@@ -1,0 +1,143 @@
+#!/usr/bin/env bash
+# The launchers under a real Slurm: starts one with two nodes on this machine, trains, preempts, requeues, resumes, cancels, evaluates in an
+# array, and compares every result with that of an uninterrupted run. Exit status 0 if all of it holds; a few minutes on two cores.
+#
+#   bash scripts/slurm_smoke.sh [--install]
+#
+# Needs root and Slurm's daemons (Debian: slurm-wlm munge), which --install gets with apt-get. Nothing outside a temporary folder is
+# written, no running Slurm is touched, and the daemons are stopped at the end. No systemd, cgroups, GPU, network or data folder is needed.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+if [ "${1:-}" = --install ]; then
+    apt-get update -qq
+    RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends slurm-wlm munge > /dev/null # 1: start no service
+fi
+for program in slurmctld slurmd munged sbatch; do
+    command -v "$program" > /dev/null || { echo "slurm_smoke: no $program; install slurm-wlm and munge, or call with --install" >&2; exit 2; }
+done
+# shellcheck disable=SC1091
+source scripts/setup.sh
+
+work=$(mktemp -d "${TMPDIR:-/tmp}/asarm-slurm-XXXXXX")
+log=$work/%x-%j.log
+export SLURM_CONF=$work/slurm.conf CUDA_VISIBLE_DEVICES="" OMP_NUM_THREADS=1 TQDM_DISABLE=1 HF_HUB_OFFLINE=1 ASARM_NO_INSTALL=1
+unset ASARM_DATA_DIR
+started=$SECONDS
+
+say() { printf '%4d s  %s\n' $((SECONDS - started)) "$*"; }
+
+clean_up() {
+    local status=$? pid
+    trap - EXIT
+    if [ "$status" -ne 0 ]; then
+        say "FAILED; the last lines of every log:"
+        tail -n 30 "$work"/*.log
+    fi
+    scancel --user="$(id -un)" 2> /dev/null || :
+    wait_for 30 "no job" no_jobs || :
+    for pid in "$work"/*.pid; do kill "$(cat "$pid")" 2> /dev/null || :; done
+    sleep 2 # they remove their own files as they go
+    for pid in "$work"/*.pid; do [ ! -e "$pid" ] || kill -KILL "$(cat "$pid")" 2> /dev/null || :; done
+    rm -rf "$work"
+    exit "$status"
+}
+
+# wait_for SECONDS WHAT COMMAND...: until the command succeeds
+wait_for() {
+    local limit=$((SECONDS + $1)) what=$2
+    shift 2
+    until "$@" > /dev/null 2>&1; do
+        [ "$SECONDS" -lt "$limit" ] || { say "waited in vain for: $what"; return 1; }
+        sleep 0.3
+    done
+}
+
+# check WHAT COMMAND...: the command must succeed
+check() {
+    local what=$1
+    shift
+    "$@" || { say "NOT SO: $what"; return 1; }
+    say "ok: $what"
+}
+
+start_slurm() {
+    local node
+    cat > "$SLURM_CONF" << CONF
+ClusterName=asarm-smoke
+SlurmctldHost=$(hostname)(127.0.0.1)
+SlurmctldPort=17817
+SlurmUser=$(id -un)
+SlurmdUser=$(id -un)
+AuthType=auth/munge
+AuthInfo=socket=$work/munge.socket
+StateSaveLocation=$work/state
+SlurmdSpoolDir=$work/spool.%n
+SlurmctldPidFile=$work/slurmctld.pid
+SlurmdPidFile=$work/slurmd.%n.pid
+SlurmctldLogFile=$work/slurmctld.log
+SlurmdLogFile=$work/slurmd.%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+MpiDefault=none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+SwitchType=switch/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SlurmdParameters=config_overrides
+GresTypes=gpu
+SchedulerParameters=sched_interval=2,bf_interval=2
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+SlurmctldParameters=preempt_send_user_signal
+NodeName=$(hostname) NodeHostname=$(hostname) NodeAddr=127.0.0.1 Port=17818 CPUs=2 RealMemory=8000
+NodeName=second NodeHostname=$(hostname) NodeAddr=127.0.0.1 Port=17819 CPUs=2 RealMemory=8000
+PartitionName=main Nodes=ALL Default=YES PriorityTier=1 GraceTime=60
+PartitionName=urgent Nodes=ALL PriorityTier=2
+CONF
+    mkdir "$work/state"
+    head -c 128 /dev/urandom > "$work/munge.key"
+    chmod 400 "$work/munge.key"
+    munged --force --key-file="$work/munge.key" --socket="$work/munge.socket" --pid-file="$work/munged.pid" \
+        --log-file="$work/munged.log" --seed-file="$work/munge.seed" 2> "$work/munged.err.log"
+    slurmctld
+    for node in "$(hostname)" second; do slurmd -N "$node"; done
+    wait_for 30 "two idle nodes" nodes_are_idle
+    say "$(slurmctld -V): $(sinfo --noheader --format='%D nodes %T')"
+}
+
+nodes_are_idle() { [ "$(sinfo --noheader --format='%D %T')" = "2 idle" ]; }
+no_jobs() { [ -z "$(squeue --noheader)" ]; }
+job_field() { scontrol --oneliner show job "$1" | grep -oP "(?<= $2=)[^ ]+"; }
+is_field() { [ "$(job_field "$1" "$2")" = "$3" ]; }
+reached() { [ "$(wc -l < "$work/$1/metrics.jsonl")" -ge "$2" ]; }
+every_step_once() { python -c 'import json, sys; sys.exit([json.loads(line)["step"] for line in sys.stdin] != [*range(1, 301)])' < "$work/$1/metrics.jsonl"; }
+same_weights() { cmp "$work/$1/final/model.safetensors" "$work/$2/final/model.safetensors"; }
+
+# submit NAME OPTION... LAUNCHER ARGUMENT...: with what this machine has instead of the launchers' GPU; prints the job's number
+submit() {
+    local name=$1
+    shift
+    sbatch --parsable --job-name="$name" --output="$log" --gres=none --cpus-per-task=1 --mem=1G --time=10 "$@"
+}
+
+train() { # train NAME OPTION...
+    local name=$1
+    shift
+    submit "$name" "$@" _run_training.sh --config configs/train/smoke.yaml --output_dir "$work/$name"
+}
+
+trap clean_up EXIT
+start_slurm
+
+bash _run_training.sh --config configs/train/smoke.yaml --output_dir "$work/straight" > "$work/straight.log" 2>&1
+check "under bash, uninterrupted: every step once" every_step_once straight
+
+job=$(train preempted)
+wait_for 60 "step 50 of job $job" reached preempted 50
+urgent=$(sbatch --parsable --partition=urgent --nodes=2 --exclusive --job-name=urgent --output="$log" --wrap "sleep 3")
+say "job $job trains; job $urgent, more urgent, needs its node"
+wait_for 90 "requeue of job $job" is_field "$job" Restarts 1
+say "job $job: $(scontrol --oneliner show job "$job" | grep -oE '(JobState|Reason|Restarts)=[^ ]+' | xargs), $(ls "$work/preempted/checkpoints")"
+wait_for 300 "end of job $job" is_field "$job" JobState COMPLETED
