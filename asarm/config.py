@@ -75,9 +75,14 @@ class SamplerConfig:
 
     @classmethod
     def named(cls, name: str, one_pass: bool | None = False, **settings) -> "SamplerConfig":
-        """From a name as in the evaluations' tables, where one-pass forms end in ``+one-pass``."""
-        base = name.removesuffix(ONE_PASS)
-        return cls(base, one_pass=True if base != name else one_pass, **settings)
+        """From a name as in the evaluations' tables: ``assd-head``, ``assd-head+one-pass`` and, with a ``k`` of its own
+        instead of that of ``settings``, ``assd-head+one-pass:8``."""
+        form, _, k = name.partition(":")
+        if k:
+            require(k.isdecimal(), "k", k, f"a whole number after the colon of {name!r}")
+            settings["k"] = int(k)
+        base = form.removesuffix(ONE_PASS)
+        return cls(base, one_pass=True if base != form else one_pass, **settings)
 
     @property
     def full_name(self) -> str:
