@@ -111,21 +111,46 @@ nodes_are_idle() { [ "$(sinfo --noheader --format='%D %T')" = "2 idle" ]; }
 no_jobs() { [ -z "$(squeue --noheader)" ]; }
 job_field() { scontrol --oneliner show job "$1" | grep -oP "(?<= $2=)[^ ]+"; }
 is_field() { [ "$(job_field "$1" "$2")" = "$3" ]; }
+not_in_queue() { [ -z "$(squeue --noheader --jobs="$1")" ]; }
 reached() { [ "$(wc -l < "$work/$1/metrics.jsonl")" -ge "$2" ]; }
-every_step_once() { python -c 'import json, sys; sys.exit([json.loads(line)["step"] for line in sys.stdin] != [*range(1, 301)])' < "$work/$1/metrics.jsonl"; }
+newest() { basename "$(find "$work/$1/checkpoints" -name 'step-*' | sort | tail -n 1)"; }
 same_weights() { cmp "$work/$1/final/model.safetensors" "$work/$2/final/model.safetensors"; }
 
-# submit NAME OPTION... LAUNCHER ARGUMENT...: with what this machine has instead of the launchers' GPU; prints the job's number
+every_step_once() {
+    python -c 'import json, sys; sys.exit([json.loads(line)["step"] for line in sys.stdin] != [*range(1, 301)])' < "$work/$1/metrics.jsonl"
+}
+
+same_records() { # but for the seconds
+    python - "$work/$1" "$work/$2" << 'PYTHON'
+import json, sys
+one, two = ([json.loads(line) | {"seconds": None} for line in open(f"{run}/records.jsonl")] for run in sys.argv[1:])
+sys.exit(not one == two or not json.load(open(f"{sys.argv[2]}/summary.json"))["complete"])
+PYTHON
+}
+
+# submit NAME OPTION... LAUNCHER ARGUMENT...: as its header says, but for what this machine does not have; prints the job's number
 submit() {
     local name=$1
     shift
     sbatch --parsable --job-name="$name" --output="$log" --gres=none --cpus-per-task=1 --mem=1G --time=10 "$@"
 }
 
-train() { # train NAME OPTION...
+# train NAME OPTION...
+train() {
     local name=$1
     shift
     submit "$name" "$@" _run_training.sh --config configs/train/smoke.yaml --output_dir "$work/$name"
+}
+
+# sees_requeue JOB NAME: it stops at a checkpoint, waits, goes on and ends (without the two minutes that Slurm lets a requeued job wait)
+sees_requeue() {
+    wait_for 60 "requeue of job $1" is_field "$1" Restarts 1
+    wait_for 60 "job $1 pending" is_field "$1" JobState PENDING
+    say "job $1 is back in the queue ($(job_field "$1" Reason)); newest checkpoint: $(newest "$2")"
+    scontrol update JobId="$1" StartTime=now
+    wait_for 300 "end of job $1" is_field "$1" JobState COMPLETED
+    say "job $1 ended: $(scontrol --oneliner show job "$1" | grep -oE '(JobState|Restarts|ExitCode)=[^ ]+' | xargs)"
+    check "every step once, restart included" every_step_once "$2"
 }
 
 trap clean_up EXIT
@@ -137,7 +162,25 @@ check "under bash, uninterrupted: every step once" every_step_once straight
 job=$(train preempted)
 wait_for 60 "step 50 of job $job" reached preempted 50
 urgent=$(sbatch --parsable --partition=urgent --nodes=2 --exclusive --job-name=urgent --output="$log" --wrap "sleep 3")
-say "job $job trains; job $urgent, more urgent, needs its node"
-wait_for 90 "requeue of job $job" is_field "$job" Restarts 1
-say "job $job: $(scontrol --oneliner show job "$job" | grep -oE '(JobState|Reason|Restarts)=[^ ]+' | xargs), $(ls "$work/preempted/checkpoints")"
-wait_for 300 "end of job $job" is_field "$job" JobState COMPLETED
+say "job $job trains; job $urgent, more urgent, takes both nodes: Slurm preempts job $job"
+sees_requeue "$job" preempted
+check "preempted and resumed: the weights of the uninterrupted run, bit for bit" same_weights straight preempted
+
+job=$(train cancelled)
+wait_for 60 "step 50 of job $job" reached cancelled 50
+scancel "$job"
+wait_for 60 "end of job $job" not_in_queue "$job"
+check "job $job, cancelled while it trained, is $(job_field "$job" JobState), not requeued; newest checkpoint: $(newest cancelled)" \
+    is_field "$job" JobState CANCELLED
+
+job=$(submit failing _run_training.sh --config configs/train/smoke.yaml --output_dir "$work/failing" --optimizer.lr 0)
+wait_for 60 "end of job $job" not_in_queue "$job"
+check "job $job, with a mistake in its settings, is $(job_field "$job" JobState), not requeued; exit status $(job_field "$job" ExitCode)" \
+    is_field "$job" JobState FAILED
+
+options=(--num_sequences 4 --max_length 32 --samplers sequential assd)
+bash _run_speculative_decoding.sh "${options[@]}" --output_dir "$work/evaluation" > "$work/evaluation.log" 2>&1
+job=$(submit array --array=0-1 _run_speculative_decoding.sh "${options[@]}" --output_dir "$work/array")
+wait_for 120 "end of job $job" not_in_queue "$job"
+check "evaluation as an array of two jobs: the records of one process" same_records evaluation array
+say "all of it holds"
