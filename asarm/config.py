@@ -104,23 +104,62 @@ class SamplerConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Training text.
+    """Training text: files that are read into memory, or files or a Hub data set that are streamed.
 
     Args:
-        files: JSON lines (.jsonl, .jsonl.gz; one object with "text" a line) or raw text; environment variables are
-            expanded.
-        source_weights: how often a document of a source appears in an epoch, by pattern over its "source".
+        files: JSON lines, Parquet or raw text (a document a file), compressed (.gz, .zst) or not; environment variables
+            and wildcards are expanded.
+        dataset: instead of files, a Hub data set (Skylion007/openwebtext, bigcode/starcoderdata) or a folder in its
+            form; always streamed.
+        dataset_config: configuration name of the data set.
+        data_dir: folder inside the data set (python, of bigcode/starcoderdata).
+        split: of the data set.
+        revision: of the data set; a commit, where a run that is resumed later must see the same text.
+        text_column: where a record of JSON lines, Parquet or the data set holds its text.
+        source_weights: how often a document of a source appears in an epoch, by pattern over its "source"; not of
+            streamed text.
         max_length: tokens in a packed row.
+        streaming: read files piece by piece instead of into memory.
+        streams: shares into which streamed text is dealt; a multiple of processes times num_workers is fastest.
+        shuffle_buffer: rows of a stream that are shuffled together.
+        num_workers: worker processes that tokenise and pack streamed text for each training process; 0 for none.
     """
 
     files: list[str] = field(default_factory=list)
+    dataset: str | None = None
+    dataset_config: str | None = None
+    data_dir: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    text_column: str = "text"
     source_weights: dict[str, float] = field(default_factory=dict)
     max_length: int = 512
+    streaming: bool = False
+    streams: int = 8
+    shuffle_buffer: int = 1000
+    num_workers: int = 2
 
     def __post_init__(self):
         require(self.max_length >= 2, "data.max_length", self.max_length, "at least 2")
         for pattern, weight in self.source_weights.items():
             require(weight >= 0, f"data.source_weights[{pattern!r}]", weight, "0 or more")
+        weighted = bool(self.source_weights) and self.streamed
+        require(not weighted, "data.source_weights", self.source_weights, "empty where text is streamed")
+        for name in ("dataset_config", "data_dir", "revision"):
+            value = getattr(self, name)
+            require(value is None or self.dataset is not None, f"data.{name}", value, "used with data.dataset")
+        require(self.streams >= 1, "data.streams", self.streams, "at least 1")
+        require(self.shuffle_buffer >= 1, "data.shuffle_buffer", self.shuffle_buffer, "at least 1 (no shuffling)")
+        require(self.num_workers >= 0, "data.num_workers", self.num_workers, "0 or more")
+
+    @property
+    def streamed(self) -> bool:
+        return self.streaming or self.dataset is not None
+
+    def require_source(self) -> None:
+        """Raise :class:`~asarm.errors.ConfigError` unless there is something to read, from one place."""
+        given = (self.files, self.dataset)
+        require(bool(self.files) != bool(self.dataset), "data.files, data.dataset", given, "one of the two")
 
 
 @dataclass(frozen=True)
@@ -194,7 +233,7 @@ def require_run_settings(config) -> None:
     require(config.checkpoint_every >= 1, "checkpoint_every", config.checkpoint_every, "at least 1")
     require(config.log_every >= 1, "log_every", config.log_every, "at least 1")
     require(config.resume in RESUME, "resume", config.resume, f"one of {', '.join(RESUME)}")
-    require(bool(config.data.files), "data.files", config.data.files, "a list of at least one file")
+    config.data.require_source()
 
 
 @dataclass(frozen=True)

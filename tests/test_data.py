@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 from asarm import TextTokenizer
+from asarm.config import DataConfig
 from asarm.data.datasets import load_text
 from asarm.data.packing import PackedRows, pack_all, tokenize
+from asarm.data.rows import open_rows
 from asarm.data.sources import Document, read_documents
 from asarm.errors import ConfigError, DataFileError
 
@@ -149,3 +151,19 @@ def test_packing_errors(tokenizer):
         PackedRows([Document("tiny")], tokenizer, 512, seed=0)
     with pytest.raises(ConfigError, match=r"\['TinyStores'\] match no document"):
         PackedRows([Document("tiny " * 50, "TinyStories")], tokenizer, 16, seed=0, weights={"TinyStores": 2})
+
+
+@pytest.mark.parametrize(("world_size", "rows_per_step"), [(1, 4), (2, 4), (3, 5)])
+def test_ranks_share_the_rows_of_a_step(tokenizer, tmp_path, world_size, rows_per_step):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": f"Document number {i}."} for i in range(30)])
+    config = DataConfig(files=[path], max_length=16)
+    whole = PackedRows(read_documents(path), tokenizer, 16, seed=3)
+    ranks = [open_rows(config, tokenizer, 3, rank, world_size).batches(2, rows_per_step) for rank in range(world_size)]
+    for step in range(2, 9):
+        parts = [next(rank) for rank in ranks]
+        assert sorted(i for _, indices, _ in parts for i in indices) == list(
+            range(step * rows_per_step, (step + 1) * rows_per_step)
+        )
+        for rank, (rows, indices, _) in enumerate(parts):
+            assert all(i % world_size == rank for i in indices)
+            assert np.array_equal(rows, np.stack([whole.row(i) for i in indices]))

@@ -1,10 +1,18 @@
 """Text sources by name: the project's samples, the development data, WikiText, any Hub data set."""
 
-import os
-from pathlib import Path
+from __future__ import annotations
 
-from ..errors import DataFileError, reason
-from .sources import Document, read_documents, split_raw
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import DataFileError, UserError, reason
+from .sources import Document, read_documents, split_raw, to_document
+
+if TYPE_CHECKING:  # the library takes a second to import, and most text is local
+    from datasets import IterableDataset
 
 SAMPLES = Path(__file__).parents[2] / "eval_datasets" / "samples"
 ENGLISH_VALID = "train/english-valid.jsonl.gz"
@@ -36,25 +44,76 @@ def load_text(
 
 
 def _from_hub(name: str, config: str | None, split: str) -> list[Document]:
-    from datasets import load_dataset
-
-    try:
-        rows = load_dataset(name, config, split=split, streaming=True)
-        texts = [row["text"] for row in rows.take(MAX_ROWS)]
-    except KeyError as error:
-        raise DataFileError(f"data set {name!r} has no column {error}; it needs a text column") from error
-    except Exception as error:  # the library raises its own, the hub's and the network's
-        raise DataFileError(
-            f"cannot load data set {name!r} (configuration {config!r}, split {split!r}): give samples, english-valid, "
-            "wikitext, a Hub id that exists and a network that reaches it, or a local file with --data_file "
-            f"({reason(error)})"
-        ) from error
+    rows = open_hub(name, config, split)
+    with _explained(name, config, split):
+        documents = [to_document(row, "text", f"data set {name!r}") for row in rows.take(MAX_ROWS)]
     if name == WIKITEXT_HUB[0]:  # one line a row: put the articles together again
-        lines = (text if text.endswith("\n") else text + "\n" for text in texts)
+        lines = (d.text if d.text.endswith("\n") else d.text + "\n" for d in documents)
         documents = list(split_raw(lines, wikitext=True))
-    else:
-        documents = [Document(text, name) for text in texts]
     documents = [d for d in documents if d.text.strip()]
     if not documents:
         raise DataFileError(f"data set {name!r}, split {split!r}, holds no text")
     return documents
+
+
+def open_hub(
+    name: str,
+    config: str | None,
+    split: str,
+    data_dir: str | None = None,
+    revision: str | None = None,
+    text_column: str = "text",
+) -> IterableDataset:
+    """A data set of the Hub (or a folder in its form), to be read as it is downloaded.
+
+    The first row is read at once. Raises :class:`DataFileError` for one that does not exist, cannot be reached, is
+    gated to this user, is empty, or lacks ``text_column``.
+    """
+    from datasets import load_dataset
+
+    if not Path(name).is_dir():
+        _require_access(name)
+    with _explained(name, config, split):
+        rows = load_dataset(name, config, split=split, data_dir=data_dir, revision=revision, streaming=True)
+        first = next(iter(rows), None)
+    if first is None:
+        raise DataFileError(f"data set {name!r}, split {split!r}, holds no row")
+    if text_column not in first:
+        raise DataFileError(
+            f"data set {name!r} has no column {text_column!r}; it has {sorted(first)}: name the one that holds text"
+        )
+    to_document(first, text_column, f"data set {name!r}, first row")
+    return rows
+
+
+def _require_access(name: str) -> None:
+    """Raise :class:`DataFileError` for a gated data set; what else may be wrong is left to its loading."""
+    from huggingface_hub import auth_check
+    from huggingface_hub.constants import ENDPOINT
+    from huggingface_hub.errors import GatedRepoError
+
+    try:
+        auth_check(name, repo_type="dataset")
+    except GatedRepoError as error:
+        known = error.response.status_code == 403
+        who = "the account of your token has no access yet" if known else "no valid token was found"
+        raise DataFileError(
+            f"data set {name!r} is gated, and {who}: accept its terms at {ENDPOINT}/datasets/{name}, and give a token "
+            "of that account with `hf auth login` or in the environment variable HF_TOKEN"
+        ) from error
+    except Exception:  # no such data set, no network, offline mode: loading says it, or succeeds without
+        return
+
+
+@contextmanager
+def _explained(name: str, config: str | None, split: str) -> Iterator[None]:
+    """Errors of loading as one of the user's: the library raises its own, the Hub's, Arrow's and the network's."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise DataFileError(
+            f"cannot read data set {name!r} (configuration {config!r}, split {split!r}): give a Hub id that exists and "
+            f"a network that reaches it, or a local file ({reason(error)})"
+        ) from error

@@ -4,7 +4,9 @@ Nothing is dropped. Training wraps an epoch's last row around to the epoch's beg
 shorter row.
 """
 
+from collections.abc import Iterator
 from fnmatch import fnmatch
+from itertools import count
 
 import numpy as np
 
@@ -29,8 +31,8 @@ def pack_all(documents: list[Document], tokenizer: TextTokenizer, max_length: in
 
 
 class PackedRows:
-    """An endless, seeded sequence of training rows; row ``i`` is a pure function of the seed and ``i``, so resuming
-    is exact.
+    """An endless, seeded sequence of training rows in memory (a :class:`~asarm.data.rows.Rows`); row ``i`` is a pure
+    function of the seed and ``i``, so that there is no state to keep.
 
     ``weights`` maps a pattern over ``source`` (``ChiLit/*``) to the number of times that such a document appears in
     an epoch; fractions are drawn anew each epoch. The first pattern that matches counts; without one the weight is 1.
@@ -43,6 +45,8 @@ class PackedRows:
         max_length: int,
         seed: int,
         weights: dict[str, float] | None = None,
+        rank: int = 0,
+        world_size: int = 1,
     ):
         weights = weights or {}
         unused = [p for p in weights if not any(fnmatch(d.source, p) for d in documents)]
@@ -50,7 +54,7 @@ class PackedRows:
             raise ConfigError(
                 f"source_weights {unused} match no document; sources: {sorted({d.source for d in documents})[:8]}"
             )
-        self.max_length, self.seed = max_length, seed
+        self.max_length, self.seed, self.rank, self.world_size = max_length, seed, rank, world_size
         self.documents = tokenize(documents, tokenizer)
         self.weight = np.array([next((w for p, w in weights.items() if fnmatch(d.source, p)), 1.0) for d in documents])
         self._rewind()
@@ -85,3 +89,16 @@ class PackedRows:
             self._advance()
         start = (index - self._first_row) * self.max_length
         return np.take(self._stream, np.arange(start, start + self.max_length), mode="wrap")
+
+    def batches(self, step: int, rows_per_step: int) -> Iterator[tuple[np.ndarray, list[int], dict]]:
+        for indices in rank_indices(step, rows_per_step, self.rank, self.world_size):
+            yield np.array([self.row(i) for i in indices], np.int32).reshape(-1, self.max_length), indices, {}
+
+    def load_state(self, state: dict) -> None:
+        """Nothing to do: any row can be made at once."""
+
+
+def rank_indices(step: int, rows_per_step: int, rank: int, world_size: int) -> Iterator[list[int]]:
+    """The indices of a rank's rows, for ``step`` and each step after it."""
+    for first in count(step * rows_per_step, rows_per_step):
+        yield list(range(first + (rank - first) % world_size, first + rows_per_step, world_size))
