@@ -35,8 +35,8 @@ asarm_command() {
         --num_machines "$nodes" --num_processes $((nodes * processes))
         --main_process_ip "$address" --main_process_port "$port" -m asarm "$@")
     # once one node's processes have ended, the others have a minute to end too
-    [ "$nodes" -eq 1 ] || ASARM_COMMAND=(srun --nodes="$nodes" --ntasks="$nodes" ${SLURM_CPUS_PER_TASK:+"--cpus-per-task=$SLURM_CPUS_PER_TASK"}
-        --wait=60 "${ASARM_COMMAND[@]}")
+    [ "$nodes" -eq 1 ] || ASARM_COMMAND=(srun --nodes="$nodes" --ntasks="$nodes" --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --wait=60
+        "${ASARM_COMMAND[@]}")
 }
 
 # How many processes to start on a node: one per GPU that PyTorch sees, or one.
