@@ -28,7 +28,7 @@ asarm_command() {
     ASARM_COMMAND=(python -m asarm "$@")
     [ $((nodes * processes)) -gt 1 ] || return 0
     if [ "$nodes" -gt 1 ]; then # the batch script runs on the first of the nodes
-        address=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+        read -r address < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
         port=$((20000 + SLURM_JOB_ID % 10000))
     fi
     ASARM_COMMAND=(python "$root/scripts/accelerate_launch.py" --multi_gpu --mixed_precision no --dynamo_backend no

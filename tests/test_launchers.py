@@ -128,7 +128,7 @@ class Machine:
     def run(self, *arguments: str, **extra: str) -> tuple[int, list[str]]:
         """Exit status of a launcher whose program ends by itself, and all calls."""
         process = self.start(*arguments, **{"END": "0"} | extra)
-        process.communicate(timeout=60)
+        process.communicate(timeout=300)
         return process.returncode, self.calls.read_text().splitlines()
 
     def stop(self, number: int, **extra: str) -> tuple[int, list[str]]:
@@ -137,7 +137,7 @@ class Machine:
         while "ready" not in process.stdout.readline():
             assert process.poll() is None
         process.send_signal(number)
-        process.communicate(timeout=60)
+        process.communicate(timeout=300)
         return process.returncode, self.calls.read_text().splitlines()
 
 
@@ -224,7 +224,7 @@ def test_accelerate_launch_passes_signals_on_and_gives_the_status_back(tmp_path,
         os.kill(workers[0], signal.SIGKILL)
     else:
         (tmp_path / "fail").touch()
-    process.communicate(timeout=60)
+    process.communicate(timeout=300)
     assert process.returncode == status
     assert len(workers) == 2 and not any(map(psutil.pid_exists, workers))
 
