@@ -6,10 +6,39 @@ Parameter names and shapes are those of Hugging Face's ``XLNetRelativeAttention`
 ``seg_embed``) are carried along untouched: one segment means they never enter the score.
 """
 
+from dataclasses import dataclass
+from functools import cached_property
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import XLNetConfig
+
+# bytes of a [B, heads, R, P] array of scores that are worked on at a time: in a CPU's cache, or enough for a GPU
+SCORE_BYTES = {"cpu": 2**22, "cuda": 2**28}
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What the rows of a call see: ``may_attend_BRN``, and ``shift_BR`` = N - 1 - position, where the relative key of
+    slot 0 lies."""
+
+    may_attend_BRN: torch.Tensor
+    shift_BR: torch.Tensor
+
+    def after(self, first: int) -> "Sight":
+        """That of the rows from ``first`` on."""
+        return Sight(self.may_attend_BRN[:, first:], self.shift_BR[:, first:])
+
+    @cached_property
+    def bias_B1RN(self) -> torch.Tensor:
+        """Added to the scores, float32: 0, or a number that leaves nothing of a weight."""
+        forbidden_BRN = (~self.may_attend_BRN).float()
+        return forbidden_BRN.mul_(torch.finfo(torch.bfloat16).min)[:, None]
+
+    @cached_property
+    def sees_any_BR11(self) -> torch.Tensor:
+        return self.may_attend_BRN.any(-1)[..., None, None]
 
 
 class RelativeAttention(nn.Module):
@@ -23,81 +52,118 @@ class RelativeAttention(nn.Module):
         self.layer_norm = nn.LayerNorm(E, eps=config.layer_norm_eps)
         self.dropout = config.dropout
 
-    def _heads(self, x_BRE: torch.Tensor, weight_EHD: torch.Tensor) -> torch.Tensor:
+    def _heads(self, x: torch.Tensor, weight_EHD: torch.Tensor) -> torch.Tensor:
         E, H, D = weight_EHD.shape
-        return (x_BRE @ weight_EHD.reshape(E, H * D)).unflatten(-1, (H, D))
-
-    def key_value(self, content_BCE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of content rows, each [B, H, C, D]."""
-        return self._heads(content_BCE, self.k).transpose(1, 2), self._heads(content_BCE, self.v).transpose(1, 2)
+        return (x @ weight_EHD.reshape(E, H * D)).unflatten(-1, (H, D))
 
     def relative_key(self, encoding_PE: torch.Tensor) -> torch.Tensor:
-        """Keys of the relative positions, [H, P, D]."""
-        return self._heads(encoding_PE, self.r).transpose(0, 1)
+        """Keys of the relative positions, [P, H, D]."""
+        return self._heads(encoding_PE, self.r)
 
     def forward(
-        self,
-        rows_BRE: torch.Tensor,
-        key_BHND: torch.Tensor,
-        value_BHND: torch.Tensor,
-        relative_key_HPD: torch.Tensor,
-        may_attend_BRN: torch.Tensor,
-        shift_BR: torch.Tensor,
+        self, rows_BRE: torch.Tensor, content_BNE: torch.Tensor, encoding_PE: torch.Tensor, sight: Sight
     ) -> torch.Tensor:
+        """What becomes of ``rows_BRE`` when each has attended to the slots that hold ``content_BNE``."""
         q_BRHD = self._heads(rows_BRE, self.q)
-        content_BHRN = (q_BRHD + self.r_w_bias).transpose(1, 2) @ key_BHND.transpose(2, 3)
-        relative_BHRP = (q_BRHD + self.r_r_bias).transpose(1, 2) @ relative_key_HPD.transpose(1, 2)
-        score_BHRN = content_BHRN + relative_shift(relative_BHRP, shift_BR)
-        weight_BHRN = self._drop(masked_softmax(score_BHRN * q_BRHD.shape[-1] ** -0.5, may_attend_BRN))
-        attended_BHRD = weight_BHRN.to(value_BHND.dtype) @ value_BHND
-        attended_BRX = attended_BHRD.transpose(1, 2).flatten(2)
-        out_BRE = self._drop(attended_BRX @ self.o.flatten(1).T)
-        return self.layer_norm(rows_BRE + out_BRE)
-
-    def _drop(self, x: torch.Tensor) -> torch.Tensor:
-        return F.dropout(x, self.dropout, self.training)
-
-
-def masked_softmax(score_BHRN: torch.Tensor, may_attend_BRN: torch.Tensor) -> torch.Tensor:
-    """Softmax over the slots that a row may attend to; all zeros for a row that may attend to none.
-
-    Computed in float32 at least. (Hugging Face adds -1e30 instead, which makes a row that sees nothing see everything.)
-    """
-    may_BHRN = may_attend_BRN[:, None]
-    wide = torch.promote_types(score_BHRN.dtype, torch.float32)
-    score_BHRN = score_BHRN.to(wide).masked_fill(~may_BHRN, torch.finfo(wide).min)
-    sees_any_BHR1 = may_BHRN.any(-1, keepdim=True)
-    return torch.softmax(score_BHRN, dim=-1) * sees_any_BHR1
+        scale = q_BRHD.shape[-1] ** -0.5
+        attended_BRHD = Attention.apply(
+            (q_BRHD + self.r_w_bias).mul(scale).to(q_BRHD.dtype),
+            (q_BRHD + self.r_r_bias).mul(scale).to(q_BRHD.dtype),
+            self._heads(content_BNE, self.k),
+            self._heads(content_BNE, self.v),
+            self.relative_key(encoding_PE),
+            sight,
+            self.dropout if self.training else 0.0,
+        )
+        out_BRE = attended_BRHD.flatten(2) @ self.o.flatten(1).T
+        return self.layer_norm(rows_BRE + F.dropout(out_BRE, self.dropout, self.training))
 
 
-class _RelativeShift(torch.autograd.Function):
-    """``out[..., r, n] = x[..., r, shift[r] + n]``: each row takes its own window of N out of P = 2N-1.
+class Attention(torch.autograd.Function):
+    """softmax(content_q . key + relative_q . relative_key, over the slots that a row may attend to) . value
 
-    Autograd would turn the gather into a scatter-add, ten times slower on a CPU. A window is contiguous, so its
-    gradient is a gather as well.
+    All [.., H, D] with queries of R rows, keys and values of N slots and relative keys of P = 2N-1 distances; a row
+    that sees nothing gets zeros. (Hugging Face adds -1e30 to its scores instead, which makes it see everything.)
+
+    The heads go through a few at a time and only their weights are kept for the backward pass, so that the many [R, N]
+    arrays in between stay in a CPU's cache: passing them through the memory took longer than the products.
     """
 
     @staticmethod
-    def forward(ctx, x_BHRP, shift_BR):
-        B, H, R, P = x_BHRP.shape
-        N = (P + 1) // 2
-        ctx.save_for_backward(shift_BR)
-        index_BRN = shift_BR[:, :, None] + torch.arange(N, device=x_BHRP.device)
-        return x_BHRP.gather(3, index_BRN[:, None].expand(B, H, R, N))
+    def forward(ctx, content_q_BRHD, relative_q_BRHD, key_BNHD, value_BNHD, relative_key_PHD, sight, dropout):
+        tensors = (content_q_BRHD, relative_q_BRHD, key_BNHD, value_BNHD, relative_key_PHD)
+        out_BRHD, kept = torch.empty_like(content_q_BRHD), []
+        with torch.autocast(out_BRHD.device.type, enabled=False):
+            for heads in _chunks(content_q_BRHD, relative_key_PHD):
+                content_q, relative_q, key, value, relative_key = (_some_heads(x, heads) for x in tensors)
+                score = windows(relative_q @ relative_key.mT, sight.shift_BR, key.shape[2]).add_(sight.bias_B1RN)
+                score.flatten(0, 1).baddbmm_(content_q.flatten(0, 1), key.mT.flatten(0, 1))
+                weight = score.softmax(-1)
+                keep = torch.empty_like(weight, dtype=torch.bool).bernoulli_(1 - dropout) if dropout else None
+                out_BRHD[:, :, heads] = (_dropped(weight, keep, dropout) @ value).transpose(1, 2)
+                if any(ctx.needs_input_grad):
+                    kept += [weight, keep]
+        ctx.save_for_backward(*tensors, *kept)
+        ctx.sight, ctx.dropout = sight, dropout
+        return out_BRHD.mul_(sight.sees_any_BR11)
 
     @staticmethod
-    def backward(ctx, grad_BHRN):
-        (shift_BR,) = ctx.saved_tensors
-        B, H, R, N = grad_BHRN.shape
-        index_BRP = torch.arange(2 * N - 1, device=grad_BHRN.device) - shift_BR[:, :, None]
-        outside_BRP = (index_BRP < 0) | (index_BRP >= N)
-        index_BHRP = index_BRP.clamp(0, N - 1)[:, None].expand(B, H, R, 2 * N - 1)
-        return grad_BHRN.gather(3, index_BHRP).masked_fill(outside_BRP[:, None], 0), None
+    def backward(ctx, grad_BRHD):
+        tensors, kept = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+        grads = [torch.empty_like(x) for x in tensors]
+        grad_BRHD = (grad_BRHD * ctx.sight.sees_any_BR11).to(tensors[0].dtype)
+        with torch.autocast(grad_BRHD.device.type, enabled=False):
+            for i, heads in enumerate(_chunks(tensors[0], tensors[4])):
+                content_q, relative_q, key, value, relative_key = (_some_heads(x, heads) for x in tensors)
+                (weight, keep), grad = kept[2 * i : 2 * i + 2], _some_heads(grad_BRHD, heads)
+                grad_value = _dropped(weight, keep, ctx.dropout).mT @ grad
+                grad_weight = _dropped(grad @ value.mT, keep, ctx.dropout)
+                grad_score = torch.ops.aten._softmax_backward_data(grad_weight, weight, -1, weight.dtype)
+                grad_relative = unwindowed(grad_score, ctx.sight.shift_BR)
+                by_head = (
+                    grad_score @ key,
+                    grad_relative @ relative_key,
+                    grad_score.mT @ content_q,
+                    grad_value,
+                    (grad_relative.mT @ relative_q).sum(0, keepdim=True),
+                )
+                for grad_of, x in zip(grads, by_head, strict=True):
+                    _some_heads(grad_of, heads).copy_(x)
+        return *grads, None, None
 
 
-def relative_shift(x_BHRP: torch.Tensor, shift_BR: torch.Tensor) -> torch.Tensor:
-    """Pick, for every row and slot, the score of their relative position: [B, H, R, 2N-1] -> [B, H, R, N]."""
-    return _RelativeShift.apply(x_BHRP, shift_BR)
+def _chunks(content_q_BRHD: torch.Tensor, relative_key_PHD: torch.Tensor) -> list[slice]:
+    """The heads, so many at a time that their relative scores take about ``SCORE_BYTES``."""
+    B, R, H, _ = content_q_BRHD.shape
+    of_a_head = B * R * len(relative_key_PHD) * content_q_BRHD.element_size()
+    size = max(1, SCORE_BYTES[content_q_BRHD.device.type] // max(1, of_a_head))
+    return [slice(h, h + size) for h in range(0, H, size)]
+
+
+def _some_heads(x: torch.Tensor, heads: slice) -> torch.Tensor:
+    """A view [B or 1, h, .., D] of the heads of a tensor [B, .., H, D] or [.., H, D]."""
+    return (x if x.ndim == 4 else x[None])[:, :, heads].transpose(1, 2)
+
+
+def _dropped(x: torch.Tensor, keep: torch.Tensor | None, dropout: float) -> torch.Tensor:
+    return x if keep is None else x * keep / (1 - dropout)
+
+
+def windows(x_BHRP: torch.Tensor, shift_BR: torch.Tensor, length: int) -> torch.Tensor:
+    """``out[b, h, r, n] = x[b, h, r, shift[b, r] + n]`` for n < ``length``: each row's own window, copied whole (an
+    element-wise gather takes ten times as long)."""
+    B, H, R, P = x_BHRP.shape
+    x_BHRP = x_BHRP.contiguous()
+    first_BHR = torch.arange(0, x_BHRP.numel(), P, device=x_BHRP.device).view(B, H, R) + shift_BR[:, None]
+    every_window = x_BHRP.as_strided((x_BHRP.numel() - length + 1, length), (1, 1))
+    return every_window.index_select(0, first_BHR.flatten()).view(B, H, R, length)
+
+
+def unwindowed(grad_BHRN: torch.Tensor, shift_BR: torch.Tensor) -> torch.Tensor:
+    """The gradient of :func:`windows`: each row back at its place among P = 2N-1, zeros around it. That is a window as
+    well, of the row with zeros on both sides."""
+    N = grad_BHRN.shape[-1]
+    return windows(F.pad(grad_BHRN, (N - 1, N - 1)), N - 1 - shift_BR, 2 * N - 1)
 
 
 def relative_encoding(length: int, d_model: int, clamp_len: int, device: torch.device) -> torch.Tensor:

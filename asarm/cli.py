@@ -15,7 +15,6 @@ import docstring_parser
 from jsonargparse import ActionConfigFile, ActionYesNo, ArgumentParser
 
 from .bench.config import BenchDecodeConfig
-from .config import TrainConfig
 from .errors import EXIT_STOPPED, ConfigError, StoppedError, UserError
 from .evals.config import (
     CodeInfillConfig,
@@ -26,6 +25,7 @@ from .evals.config import (
     ScoreConfig,
     SpeculativeConfig,
 )
+from .train.config import TrainConfig
 from .train.head_config import TrainHeadConfig
 
 

@@ -1,5 +1,6 @@
-"""Settings of sampling and training: one dataclass a section, filled from a YAML file and overridden on the command
-line. Those of the other commands are in :mod:`asarm.evals.config`.
+"""Settings of sampling and of training text: one dataclass a section, filled from a YAML file and overridden on the
+command line. Those of the commands are in :mod:`asarm.evals.config`, :mod:`asarm.train.config` and
+:mod:`asarm.bench.config`.
 
 Imports nothing heavy, so that ``--help`` answers at once. Ranges are checked when a section is made.
 """
@@ -11,7 +12,6 @@ from .errors import ConfigError
 SAMPLERS = ("sequential", "assd", "assd-head", "assd-ngram", "parallel")
 ONE_PASS = "+one-pass"
 ONE_PASS_SAMPLERS = ("assd", "assd-head")
-RESUME = ("never", "auto", "must")
 
 
 def require(ok: bool, name: str, value: object, rule: str) -> None:
@@ -160,120 +160,3 @@ class DataConfig:
         """Raise :class:`~asarm.errors.ConfigError` unless there is something to read, from one place."""
         given = (self.files, self.dataset)
         require(bool(self.files) != bool(self.dataset), "data.files, data.dataset", given, "one of the two")
-
-
-@dataclass(frozen=True)
-class MaskingConfig:
-    """Which of a row's tokens are predicted.
-
-    Args:
-        start_low: the share of the tokens is uniform in start_low..start_high at first
-        start_high: (Guo & Ermon 2025),
-        final_low: and in final_low..final_high
-        final_high: from warmup_steps on.
-        warmup_steps: steps over which the range moves.
-        span_fraction: share of the rows whose predicted tokens are a few contiguous spans instead of a random subset.
-    """
-
-    start_low: float = 0.15
-    start_high: float = 0.15
-    final_low: float = 0.85
-    final_high: float = 0.99
-    warmup_steps: int = 5000
-    span_fraction: float = 0.0
-
-    def __post_init__(self):
-        require(0 <= self.span_fraction <= 1, "masking.span_fraction", self.span_fraction, "in [0, 1]")
-        require(self.warmup_steps >= 0, "masking.warmup_steps", self.warmup_steps, "0 or more")
-        for which in ("start", "final"):
-            low, high = getattr(self, f"{which}_low"), getattr(self, f"{which}_high")
-            require(0 < low <= high < 1, f"masking.{which}_low..{which}_high", (low, high), "a range inside (0, 1)")
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW with linear warm-up and linear decay to zero at the last step.
-
-    Args:
-        steps: optimiser steps.
-        rows_per_step: packed rows per optimiser step.
-        rows_per_pass: rows per forward pass (gradient accumulation over the rest); must divide rows_per_step.
-        precision: bf16 (autocast) or fp32.
-    """
-
-    lr: float = 1e-5
-    weight_decay: float = 0.01
-    beta1: float = 0.9
-    beta2: float = 0.999
-    steps: int = 100_000
-    warmup_steps: int = 5000
-    grad_clip: float = 1.0
-    rows_per_step: int = 32
-    rows_per_pass: int = 32
-    precision: str = "bf16"
-
-    def __post_init__(self):
-        require(self.lr > 0, "optimizer.lr", self.lr, "above 0")
-        require(self.steps >= 1, "optimizer.steps", self.steps, "at least 1")
-        require(self.rows_per_pass >= 1, "optimizer.rows_per_pass", self.rows_per_pass, "at least 1")
-        require(
-            self.rows_per_step % self.rows_per_pass == 0,
-            "optimizer.rows_per_step",
-            self.rows_per_step,
-            f"a multiple of rows_per_pass ({self.rows_per_pass})",
-        )
-        require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "0 or more")
-        require(self.grad_clip > 0, "optimizer.grad_clip", self.grad_clip, "above 0")
-        require(self.precision in ("bf16", "fp32"), "optimizer.precision", self.precision, "bf16 or fp32")
-
-
-def require_run_settings(config) -> None:
-    """The checks that every training run's settings share."""
-    require(config.seed >= 0, "seed", config.seed, "0 or more")
-    require(config.checkpoint_every >= 1, "checkpoint_every", config.checkpoint_every, "at least 1")
-    require(config.log_every >= 1, "log_every", config.log_every, "at least 1")
-    require(config.resume in RESUME, "resume", config.resume, f"one of {', '.join(RESUME)}")
-    config.data.require_source()
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """A training run.
-
-    Args:
-        output_dir: receives config.yaml, metrics.jsonl, checkpoints/ and final/.
-        model: start from this embedded name, folder or Hub id; without it, from random weights by architecture.
-        revision: of a Hub id.
-        tokenizer: folder or Hub id with a tokenizer.json (default: the model's own).
-        architecture: XLNetConfig fields for a model from scratch (d_model, n_layer, n_head, d_inner, ...).
-        data: training text.
-        masking: masking-rate range.
-        optimizer: optimiser and batch.
-        seed: of weights, rows and orders.
-        resume: never, auto (the option without a value: go on from the newest valid checkpoint in output_dir, begin
-            where there is none) or must.
-        checkpoint_every: steps between checkpoints.
-        log_every: steps between lines of metrics.jsonl.
-        num_threads: CPU threads (default: all).
-    """
-
-    output_dir: str
-    model: str | None = None
-    revision: str = "main"
-    tokenizer: str | None = None
-    architecture: dict[str, int | float | str] = field(default_factory=dict)
-    data: DataConfig = field(default_factory=DataConfig)
-    masking: MaskingConfig = field(default_factory=MaskingConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    seed: int = 0
-    resume: str = field(default="never", metadata={"bare": "auto"})
-    checkpoint_every: int = 500
-    log_every: int = 10
-    num_threads: int | None = None
-
-    def __post_init__(self):
-        require_run_settings(self)
-        if self.model is None and not (self.architecture and self.tokenizer):
-            raise ConfigError("training needs a model to start from, or an architecture and a tokenizer")
-        if self.model is not None and self.architecture:
-            raise ConfigError(f"model {self.model!r} fixes the architecture; remove the architecture section")

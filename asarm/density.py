@@ -13,6 +13,7 @@ from .model import AnySubsetLM
 from .orders import Order, Rows, content_limit, require_token_ids, rows_at_ranks
 
 PROJECTION_ROWS = 2048  # how many [rows, vocabulary] logits a scoring pass holds at a time
+TRAINED_ROWS = 256  # and a training pass
 
 
 def query_states(model: AnySubsetLM, ids_BN: torch.Tensor, order: Order, query: Rows) -> torch.Tensor:
@@ -40,13 +41,57 @@ def target_states(model: AnySubsetLM, ids_BN: torch.Tensor, order: Order) -> tup
     return hidden_BQE[query.valid_BR], flat_BQ[query.valid_BR]
 
 
+class ProjectedCrossEntropy(torch.autograd.Function):
+    """Weighted sum over rows [T] of -log softmax(hidden . weight + bias)[target], in nats, float32.
+
+    ``TRAINED_ROWS`` rows at a time, each chunk's gradient at once after its loss: the [T, V] logits never exist
+    together, and are not computed twice either (Hsu et al. 2024, arXiv 2410.10989).
+    """
+
+    @staticmethod
+    def forward(ctx, hidden_TE, weight_VE, bias_V, target_T, weight_T):
+        device = hidden_TE.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VE.dtype
+        total = torch.zeros((), device=hidden_TE.device)
+        grads = tuple(torch.zeros_like(x) for x in (hidden_TE, weight_VE, bias_V)) if any(ctx.needs_input_grad) else ()
+        with torch.autocast(device, enabled=False):
+            hidden_TE, matrix_VE, bias = hidden_TE.to(dtype), weight_VE.to(dtype), bias_V.to(dtype)
+            for first in range(0, len(target_T), TRAINED_ROWS):
+                rows = slice(first, first + TRAINED_ROWS)
+                logits_CV = F.linear(hidden_TE[rows], matrix_VE, bias)
+                logp_CV = logits_CV.log_softmax(-1, dtype=torch.promote_types(dtype, torch.float32))
+                total -= (logp_CV.gather(1, target_T[rows, None]).squeeze(1) * weight_T[rows]).sum()
+                if not grads:
+                    continue
+                grad_CV = logp_CV.exp_()
+                grad_CV.scatter_add_(1, target_T[rows, None], -torch.ones_like(grad_CV[:, :1]))
+                grad_CV = grad_CV.mul_(weight_T[rows, None]).to(dtype)
+                grads[0][rows] = grad_CV @ matrix_VE
+                grads[1].add_(grad_CV.mT @ hidden_TE[rows])
+                grads[2].add_(grad_CV.sum(0))
+        ctx.save_for_backward(*grads)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        return *(grad.to(x.dtype) * x for x in ctx.saved_tensors), None, None
+
+
+def cross_entropy_sum(
+    model: AnySubsetLM, hidden_TE: torch.Tensor, target_T: torch.Tensor, weight_T: torch.Tensor
+) -> torch.Tensor:
+    """Sum over rows of weight * -log p(target), in nats, without the [T, V] logits."""
+    return ProjectedCrossEntropy.apply(hidden_TE, model.lm_loss.weight, model.lm_loss.bias, target_T, weight_T)
+
+
 def negative_log_likelihood(model: AnySubsetLM, ids_BN: torch.Tensor, order: Order) -> tuple[torch.Tensor, int]:
     """Sum over all masked tokens of -log p(token | what precedes it in the order), in nats, and their number.
 
     Differentiable; this is the joint training objective (Guo & Ermon 2025).
     """
     hidden_TE, flat_T = target_states(model, ids_BN, order)
-    return F.cross_entropy(model.logits(hidden_TE).float(), ids_BN.flatten()[flat_T], reduction="sum"), len(flat_T)
+    weight_T = torch.ones(len(flat_T), device=ids_BN.device)
+    return cross_entropy_sum(model, hidden_TE, ids_BN.flatten()[flat_T], weight_T), len(flat_T)
 
 
 def require_memory_for_density(model: AnySubsetLM, batch: int, length: int) -> None:

@@ -46,6 +46,14 @@ class MemoryBudgetError(UserError):
     """A computation that would not fit into the memory that is free."""
 
 
+class DiskSpaceError(UserError):
+    """Files that would not fit on the disk."""
+
+
+class DivergedError(UserError):
+    """Training whose gradient is no longer finite."""
+
+
 class StoppedError(Exception):
     """A run that a signal stopped after it saved its state; not the user's mistake. The command line exits with
     ``EXIT_STOPPED``."""

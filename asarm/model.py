@@ -18,8 +18,9 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, XLNetConfig
 from transformers import initialization as init
 from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .attention import RelativeAttention, relative_encoding
+from .attention import RelativeAttention, Sight, relative_encoding
 from .embedded import embedded_models, resolve_model
 from .errors import CheckpointMismatchError, ConfigError, ModelNotFoundError, reason
 from .orders import may_attend
@@ -46,11 +47,16 @@ class FeedForward(nn.Module):
         return self.layer_norm(x_BRE + self.dropout(self.layer_2(inner_BRF)))
 
 
-class Layer(nn.Module):
+class Layer(GradientCheckpointingLayer):
     def __init__(self, config: XLNetConfig):
         super().__init__()
         self.rel_attn = RelativeAttention(config)
         self.ff = FeedForward(config)
+
+    def forward(
+        self, rows_BRE: torch.Tensor, content_BNE: torch.Tensor, encoding_PE: torch.Tensor, sight: Sight
+    ) -> torch.Tensor:
+        return self.ff(self.rel_attn(rows_BRE, content_BNE, encoding_PE, sight))
 
 
 class Trunk(nn.Module):
@@ -63,12 +69,16 @@ class Trunk(nn.Module):
         self.layer = nn.ModuleList(Layer(config) for _ in range(config.n_layer))
         self.clamp_len, self.dropout = config.clamp_len, config.dropout
 
-    def relative_keys(self, length: int) -> torch.Tensor:
-        """Each layer's relative-position keys for sequences of ``length``, [L, H, 2N-1, D]."""
+    def encoding(self, length: int) -> torch.Tensor:
+        """Of the relative positions of sequences of ``length``, [2N-1, E]."""
         weight = self.word_embedding.weight
         encoding_PE = relative_encoding(length, weight.shape[1], self.clamp_len, weight.device)
-        encoding_PE = F.dropout(encoding_PE.to(weight.dtype), self.dropout, self.training)
-        return torch.stack([layer.rel_attn.relative_key(encoding_PE) for layer in self.layer])
+        return F.dropout(encoding_PE.to(weight.dtype), self.dropout, self.training)
+
+    def relative_keys(self, length: int) -> torch.Tensor:
+        """Each layer's relative-position keys for sequences of ``length``, [L, H, 2N-1, D]."""
+        encoding_PE = self.encoding(length)
+        return torch.stack([layer.rel_attn.relative_key(encoding_PE).transpose(0, 1) for layer in self.layer])
 
 
 class AnySubsetLM(PreTrainedModel):
@@ -80,6 +90,7 @@ class AnySubsetLM(PreTrainedModel):
 
     config_class = XLNetConfig
     base_model_prefix = "transformer"
+    supports_gradient_checkpointing = True
     _tied_weights_keys: ClassVar = {"lm_loss.weight": "transformer.word_embedding.weight"}
 
     def __init__(self, config: XLNetConfig):
@@ -138,18 +149,14 @@ class AnySubsetLM(PreTrainedModel):
         one that sees nothing has zero attention output. (Decoding calls the network through :mod:`asarm.engine`.)
         """
         B, N = ids_BN.shape
-        may_BRN = may_attend(rank_BN, limit_BR)
-        shift_BR = N - 1 - position_BR.clamp(max=N - 1)
-        relative_LHPD = self.transformer.relative_keys(N)
-
+        sight = Sight(may_attend(rank_BN, limit_BR), N - 1 - position_BR.clamp(max=N - 1))
+        encoding_PE = self.transformer.encoding(N)
         query_BQE = self.transformer.mask_emb.expand(B, position_BR.shape[1] - N, -1)
         x_BRE = self._drop(torch.cat([self.transformer.word_embedding(ids_BN), query_BQE], dim=1))
-        for index, layer in enumerate(self.transformer.layer):
-            key_BHND, value_BHND = layer.rel_attn.key_value(x_BRE[:, :N])
-            if index == self.config.n_layer - 1:  # nothing reads the content rows' last hidden states
-                x_BRE, may_BRN, shift_BR = x_BRE[:, N:], may_BRN[:, N:], shift_BR[:, N:]
-            x_BRE = layer.rel_attn(x_BRE, key_BHND, value_BHND, relative_LHPD[index], may_BRN, shift_BR)
-            x_BRE = layer.ff(x_BRE)
+        for layer in self.transformer.layer[:-1]:
+            x_BRE = layer(x_BRE, x_BRE[:, :N], encoding_PE, sight)
+        # nothing reads the content rows' last hidden states
+        x_BRE = self.transformer.layer[-1](x_BRE[:, N:], x_BRE[:, :N], encoding_PE, sight.after(N))
         return self._drop(x_BRE)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -79,6 +79,10 @@ class Order:
     def to(self, device: torch.device | str) -> "Order":
         return Order(*(t.to(device) for t in (self.order_BN, self.rank_BN, self.n_visible_B, self.length_B)))
 
+    def of(self, sequences: slice | torch.Tensor) -> "Order":
+        """The orders of some of the sequences."""
+        return Order(*(t[sequences] for t in (self.order_BN, self.rank_BN, self.n_visible_B, self.length_B)))
+
 
 def _lengths(length_B: torch.Tensor | None, B: int, N: int, device: torch.device) -> torch.Tensor:
     if length_B is None:

@@ -12,12 +12,13 @@ from test_train import write_text
 
 from asarm import AnySubsetLM, Law, conditional_log_probs
 from asarm.cli import main
-from asarm.config import DataConfig, MaskingConfig, OptimizerConfig
+from asarm.config import DataConfig
 from asarm.draft_head import DraftHead, distance_to_previous, find_draft_head, previous_ids
 from asarm.drafter import Drafter
 from asarm.errors import CheckpointMismatchError, ConfigError, DataFileError, MemoryBudgetError, ModelNotFoundError
 from asarm.orders import Rows, content_limit
 from asarm.train import draft_head as training
+from asarm.train.config import MaskingConfig, OptimizerConfig
 from asarm.train.draft_head import accumulate_head_gradients, divergences, make_windows, train_draft_head, window_rows
 from asarm.train.head_config import HeadConfig, HeldOutConfig, TrainHeadConfig, WindowConfig
 from asarm.train.objective import Batch

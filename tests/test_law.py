@@ -13,10 +13,11 @@ from conftest import make_model, with_random_head
 from scipy.stats import chisquare
 
 from asarm import Law, Order, SamplerConfig, joint_log_prob, sample
-from asarm.config import DataConfig, OptimizerConfig
+from asarm.config import DataConfig
 from asarm.draft_head import DraftHead
 from asarm.drafter import attach_draft_head
 from asarm.sampling import assd, decoding
+from asarm.train.config import OptimizerConfig
 from asarm.train.draft_head import accumulate_head_gradients
 from asarm.train.head_config import TrainHeadConfig, WindowConfig
 from asarm.train.objective import Batch

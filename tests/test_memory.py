@@ -12,7 +12,7 @@ MEASURE = """
 import sys, threading, time, psutil, torch
 sys.path.insert(0, {tests!r})
 from conftest import make_model, random_batch
-from asarm.config import MaskingConfig
+from asarm.train.config import MaskingConfig
 from asarm.density import PROJECTION_ROWS, conditional_log_probs
 from asarm.memory import call_bytes, training_bytes
 from asarm.train.objective import Batch, accumulate_gradients

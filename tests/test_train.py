@@ -16,7 +16,7 @@ from conftest import make_model
 from safetensors.torch import load_file
 
 from asarm import AnySubsetLM, Order, TextTokenizer, joint_log_prob
-from asarm.config import DataConfig, MaskingConfig, OptimizerConfig, TrainConfig
+from asarm.config import DataConfig
 from asarm.data.packing import PackedRows
 from asarm.data.sources import Document
 from asarm.errors import (
@@ -29,6 +29,7 @@ from asarm.errors import (
 )
 from asarm.train import loop
 from asarm.train.checkpoint import checkpoints
+from asarm.train.config import MaskingConfig, OptimizerConfig, TrainConfig
 from asarm.train.loop import train
 from asarm.train.objective import accumulate_gradients, step_batch
 from asarm.train.schedule import lr_factor, masking_range

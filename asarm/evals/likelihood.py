@@ -1,5 +1,6 @@
 """Held-out joint negative log-likelihood at given masking rates."""
 
+import numpy as np
 from tqdm import tqdm
 
 from ..data.packing import pack_all
@@ -7,6 +8,7 @@ from ..data.sources import read_documents
 from ..density import joint_log_prob, require_memory_for_density
 from ..infilling import collate
 from ..loading import load
+from ..model import AnySubsetLM
 from .config import ScoreConfig
 from .stats import mean_and_se
 from .tasks import mask_rows
@@ -21,24 +23,34 @@ def held_out_likelihood(config: ScoreConfig) -> dict:
     model, tokenizer = load(config.model, config.revision, config.tokenizer)
     rows = pack_all(documents, tokenizer, config.max_length)[: config.num_sequences]
     require_memory_for_density(model, config.batch_size, config.max_length)
-    table = []
-    for fraction in config.masked_fractions:
-        tasks = mask_rows(rows, 1 - fraction, config.seed)
-        total, tokens, per_row = 0.0, 0, []
-        for start in tqdm(range(0, len(tasks), config.batch_size), desc=f"{fraction:.0%} masked"):
-            ids_BN, order = collate(tasks[start : start + config.batch_size])
-            logp_B = joint_log_prob(model, ids_BN, order).cpu()
-            total -= logp_B.sum().item()
-            tokens += int(order.n_masked_B.sum())
-            per_row += (-logp_B / order.n_masked_B).tolist()
-        se = mean_and_se(per_row)[1]
-        table.append(
-            {"masked_fraction": fraction, "nll_per_token": total / tokens, "nll_per_token_se": se, "tokens": tokens}
-        )
+    table = [
+        likelihood_at(model, rows, fraction, config.seed, config.batch_size)
+        for fraction in tqdm(config.masked_fractions, desc="masking rates")
+    ]
     return {
         "model": config.model,
         "data_file": config.data_file,
         "max_length": config.max_length,
         "rows": len(rows),
         "likelihood": table,
+    }
+
+
+def likelihood_at(
+    model: AnySubsetLM, rows: list[np.ndarray], masked_fraction: float, seed: int, batch_size: int
+) -> dict[str, float]:
+    """Nats per masked token of packed rows, each with its own random visible subset, and their standard error."""
+    tasks = mask_rows(rows, 1 - masked_fraction, seed)
+    total, tokens, per_row = 0.0, 0, []
+    for start in range(0, len(tasks), batch_size):
+        ids_BN, order = collate(tasks[start : start + batch_size])
+        logp_B = joint_log_prob(model, ids_BN, order).cpu()
+        total -= logp_B.sum().item()
+        tokens += int(order.n_masked_B.sum())
+        per_row += (-logp_B / order.n_masked_B).tolist()
+    return {
+        "masked_fraction": masked_fraction,
+        "nll_per_token": total / tokens,
+        "nll_per_token_se": mean_and_se(per_row)[1],
+        "tokens": tokens,
     }

@@ -9,35 +9,31 @@ from zipfile import BadZipFile, ZipFile
 
 import torch
 
-from ..errors import OutputDirError, reason
+from ..errors import ConfigError, DiskSpaceError, OutputDirError, reason
 
 STEP_DIR = re.compile(r"step-(\d+)$")
-KEPT = 2  # newest checkpoints that are not pruned
+# settings that may differ when a run goes on: they change what is written, or how fast, not what is computed
+FREE_KEYS = (
+    *("output_dir", "resume", "num_threads", "checkpoint_every", "keep_checkpoints", "log_every", "wandb"),
+    *("validation", "held_out", "fsdp", "compile", "gradient_checkpointing"),
+    *("optimizer.rows_per_pass", "optimizer.max_skipped_steps", "data.num_workers"),
+)
 
 
-def save_checkpoint(
-    folder: Path, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer, config: dict
-) -> Path:
-    """Write ``folder/step-NNNNNNN`` under another name and rename it when it is complete; prune the oldest."""
-    final = folder / f"step-{step:07d}"
-    partial = folder / f".partial-{step:07d}"
+def save_checkpoint(folder: Path, state: dict, keep: int) -> Path:
+    """Write ``folder/step-NNNNNNN`` under another name and rename it when it is complete; all but the ``keep`` newest
+    are removed."""
+    final = folder / f"step-{state['step']:07d}"
+    partial = folder / f".partial-{state['step']:07d}"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    state = {
-        "step": step,
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "torch_rng": torch.get_rng_state(),
-        "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "config": config,
-    }
     with open(partial / "state.pt", "wb") as file:
         torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())
     shutil.rmtree(final, ignore_errors=True)
     os.replace(partial, final)
-    for old in checkpoints(folder)[:-KEPT]:
+    for old in [*checkpoints(folder)[:-keep], *folder.glob(".partial-*")]:
         shutil.rmtree(old)
     return final
 
@@ -47,15 +43,18 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if STEP_DIR.search(path.name))
 
 
-def load_newest(folder: Path) -> dict | None:
-    """The state saved last that can be read, or None where nothing was saved.
+def newest_valid(folder: Path) -> Path | None:
+    """The checkpoint saved last that is not damaged, or None where nothing was saved.
 
     A damaged one is skipped with a warning; raises :class:`OutputDirError` where all are.
     """
     found = checkpoints(folder)
     for path in reversed(found):
         try:
-            return _load_whole(path / "state.pt")
+            with ZipFile(path / "state.pt") as archive:  # torch.load does not look at the checksums
+                if damaged := archive.testzip():
+                    raise BadZipFile(f"wrong checksum of {damaged}")
+            return path
         except (OSError, BadZipFile) as error:
             warnings.warn(f"skipping the damaged checkpoint {path}: {reason(error)}", stacklevel=2)
     if found:
@@ -63,9 +62,36 @@ def load_newest(folder: Path) -> dict | None:
     return None
 
 
-def _load_whole(path: Path) -> dict:
-    """A state file whose checksums are right; raises ``BadZipFile`` for another (``torch.load`` does not look)."""
-    with ZipFile(path) as archive:
-        if damaged := archive.testzip():
-            raise BadZipFile(f"wrong checksum of {damaged}")
-    return torch.load(path, map_location="cpu", weights_only=True)
+def load_checkpoint(path: Path) -> dict:
+    return torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+
+
+def require_disk_space(folder: Path, state_bytes: int, keep: int) -> None:
+    """Raise :class:`DiskSpaceError` where ``keep`` checkpoints and the one being written would not fit."""
+    present = sum((path / "state.pt").stat().st_size for path in checkpoints(folder))
+    need, free = (keep + 1) * state_bytes - present, shutil.disk_usage(folder.parent).free
+    if need > free:
+        raise DiskSpaceError(
+            f"the checkpoints in {folder} need about {need / 2**30:.3g} GiB more and {free / 2**30:.3g} GiB is free; "
+            "make room, choose another --output_dir, or keep fewer with --keep_checkpoints"
+        )
+
+
+def require_same_settings(out: Path, there: dict, now: dict) -> None:
+    """Raise :class:`ConfigError` that names each setting that a run cannot change."""
+    there, now = _flat(there), _flat(now)
+    keys = [k for k in sorted({*there, *now}) if not any(k == free or k.startswith(f"{free}.") for free in FREE_KEYS)]
+    changed = [f"{k}: {there.get(k)!r} there, {now.get(k)!r} now" for k in keys if there.get(k) != now.get(k)]
+    if changed:
+        raise ConfigError(
+            f"{out} was trained with other settings ({', '.join(changed)}); restore them, or choose another "
+            "--output_dir"
+        )
+
+
+def _flat(settings: dict, prefix: str = "") -> dict:
+    """Nested settings by dotted names."""
+    flat = {}
+    for key, value in settings.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value}
+    return flat

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..data.packing import PackedRows, pack_all
+from ..data.packing import pack_all
+from ..data.rows import open_rows
 from ..data.sources import read_documents
 from ..density import query_states
 from ..draft_head import DraftHead, distance_to_previous, previous_ids
@@ -24,11 +25,11 @@ from ..memory import call_bytes, require_memory
 from ..model import AnySubsetLM
 from ..orders import Order, Rows, random_visible, rows_with_limit
 from ..rng import generator
-from ..runlog import append_line
 from ..tokenizer import TextTokenizer
-from .head_config import HeldOutConfig, TrainHeadConfig
-from .loop import HELD_OUT_LOG, begin_records, build_optimizer, open_run, restore, run_steps
-from .objective import Batch, step_batch
+from .config import ObjectiveConfig
+from .head_config import HeldOutConfig, TrainHeadConfig, WindowConfig
+from .objective import Batch, make_batch
+from .trainer import HELD_OUT, Trainer, start_processes
 
 NEVER = -1e4  # a banned token's logit: probability zero, and differences of log-probabilities stay finite
 
@@ -100,30 +101,20 @@ def divergences(
     return kl, (teacher - draft_logp.exp()).abs().sum(-1) / 2
 
 
-def accumulate_head_gradients(
-    model: AnySubsetLM, head: DraftHead, batch: Batch, uniform_BW: torch.Tensor, step: int, config: TrainHeadConfig
-) -> dict[str, float]:
-    """Backpropagate the mean loss over all the batch's drafted ranks, ``rows_per_pass`` rows at a time; returns means.
+def n_learnt(rows: Rows) -> int:
+    """The number of drafted ranks that a loss on these windows counts."""
+    return int((rows.valid_BR & (rows.rank_BR > rows.limit_BR)).sum())
 
-    The sum is divided by the number of drafted ranks in the whole batch, so that splitting it changes nothing.
-    """
-    device, o, k = model.device, config.optimizer, config.windows.k
-    rows = window_rows(Order.from_visible(batch.visible_BN), uniform_BW, k)
-    n_learnt = max(1, int((rows.valid_BR & (rows.rank_BR > rows.limit_BR)).sum()))
-    kl_weight = max(0.0, 1 - step / config.windows.kl_steps)
-    total = {"loss": 0.0, "kl": 0.0, "total_variation": 0.0}
-    for ids_PN, visible_PN, uniform_PW in _parts(o.rows_per_pass, device, batch.ids_BN, batch.visible_BN, uniform_BW):
-        with torch.autocast(device.type, torch.bfloat16, enabled=o.precision == "bf16"):
-            windows = make_windows(model, ids_PN, Order.from_visible(visible_PN), uniform_PW, k)
-            draft_logits_XKV = windows.draft_logits(head)
-        learnt_XK = windows.learnt_XK
-        kl_XK, tv_XK = divergences(windows.teacher_logits_XKV, draft_logits_XKV, model.mask_token_id)
-        kl, tv = kl_XK[learnt_XK].sum() / n_learnt, tv_XK[learnt_XK].sum() / n_learnt
-        loss = kl_weight * kl + (1 - kl_weight) * tv
-        loss.backward()
-        for name, value in zip(total, (loss, kl, tv), strict=True):
-            total[name] += value.item()
-    return total
+
+def head_losses(
+    model: AnySubsetLM, head: torch.nn.Module, batch: Batch, uniform_BW: torch.Tensor, step: int, windows: WindowConfig
+) -> dict[str, torch.Tensor]:
+    """Sums over the drafted ranks of KL(teacher, draft), of their total variation, and of the loss between the two."""
+    made = make_windows(model, batch.ids_BN, batch.order, uniform_BW, windows.k)
+    kl_XK, tv_XK = divergences(made.teacher_logits_XKV, made.draft_logits(head), model.mask_token_id)
+    kl, tv = kl_XK[made.learnt_XK].sum(), tv_XK[made.learnt_XK].sum()
+    kl_weight = max(0.0, 1 - step / windows.kl_steps)
+    return {"loss": kl_weight * kl + (1 - kl_weight) * tv, "kl": kl, "total_variation": tv}
 
 
 @torch.no_grad()
@@ -177,35 +168,44 @@ def require_memory_for_head(model: AnySubsetLM, config: TrainHeadConfig) -> None
 
 def train_draft_head(config: TrainHeadConfig) -> Path:
     """Run (or, with ``resume``, go on with) a training run; returns the folder that holds ``draft_head/``."""
-    out = open_run(config)
-    documents = [d for name in config.data.files for d in read_documents(name)]
-    if config.num_threads:
-        torch.set_num_threads(config.num_threads)
+    accelerator, out = start_processes(config)
     model, tokenizer = load(config.model, config.revision, config.tokenizer)
-    model.requires_grad_(False)
+    model.to(accelerator.device).requires_grad_(False)
     require_memory_for_head(model, config)
     held_out = held_out_rows(config.held_out, tokenizer, config.data.max_length)
+    rows = open_rows(config.data, tokenizer, config.seed, accelerator.process_index, accelerator.num_processes)
     torch.manual_seed(config.seed)
     head = DraftHead.for_trunk(model, **asdict(config.head)).train()
-    optimizer = build_optimizer(head, config)
-    start = restore(out, config, head, optimizer)
-    rows = PackedRows(documents, tokenizer, config.data.max_length, config.seed, config.data.source_weights)
-    begin_records(out, config, start)
+    trainer = Trainer(config, accelerator, out, head, rows)
+    o, k, per_row = config.optimizer, config.windows.k, config.windows.per_row
 
-    def compute(step: int) -> dict[str, float]:
-        n_rows = config.optimizer.rows_per_step
-        batch = step_batch(rows, step, n_rows, config.masking, config.seed)
-        uniform = generator(config.seed, "windows", step).random((n_rows, config.windows.per_row))
-        return accumulate_head_gradients(model, head, batch, torch.from_numpy(uniform), step, config)
+    def compute(step: int, rows_and_indices: tuple) -> dict[str, float]:
+        arguments = (step, o.rows_per_step, config.masking, ObjectiveConfig(), config.seed)
+        batch = make_batch(*rows_and_indices, *arguments).to(accelerator.device)
+        uniform = np.stack([generator(config.seed, "windows", i).random(per_row) for i in batch.index_B.tolist()])
+        uniform_BW = torch.from_numpy(uniform).to(accelerator.device)
+        counted = torch.tensor(n_learnt(window_rows(batch.order, uniform_BW, k)), device=accelerator.device)
+        n_global = accelerator.reduce(counted, "sum").clamp(min=1)
+
+        def losses(part: tuple[Batch, torch.Tensor]) -> dict[str, torch.Tensor]:
+            sums = head_losses(model, trainer.wrapped, *part, step, config.windows)
+            return {key: value / n_global for key, value in sums.items()}
+
+        parts = zip(batch.parts(o.rows_per_pass), uniform_BW.split(o.rows_per_pass), strict=True)
+        return trainer.accumulate(parts, losses)
 
     def measure(done: int) -> None:
-        if held_out and (done % config.held_out.every == 0 or done == config.optimizer.steps):
+        due = held_out and (done % config.held_out.every == 0 or done == o.steps)
+        if due and accelerator.is_main_process:
             for fraction in config.held_out.masked_fractions:
-                measured = acceptance_by_index(model, head, held_out, fraction, config)
-                append_line(out / HELD_OUT_LOG, {"step": done, "masked_fraction": fraction} | measured)
+                measured = acceptance_by_index(model, trainer.trained, held_out, fraction, config)
+                trainer.record(HELD_OUT, done, {"masked_fraction": fraction} | measured)
+        accelerator.wait_for_everyone()
 
-    if start == 0:
+    if trainer.start == 0:
         measure(0)  # an untrained head is the self draft
-    run_steps(config, out, head, optimizer, compute, start, after=measure)
-    head.eval().save_pretrained(out / "final")
+    trainer.run(compute, measure)
+    if accelerator.is_main_process:
+        trainer.trained.eval().save_pretrained(out / "final")
+    accelerator.wait_for_everyone()
     return out / "final"

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from ..config import DataConfig, MaskingConfig, OptimizerConfig, require, require_run_settings
+from ..config import DataConfig, require
+from .config import MaskingConfig, OptimizerConfig, require_run_settings
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,9 @@ class TrainHeadConfig:
         resume: never, auto (the option without a value: go on from the newest valid checkpoint in output_dir, begin
             where there is none) or must.
         checkpoint_every: steps between checkpoints.
+        keep_checkpoints: newest checkpoints that are kept.
         log_every: steps between lines of metrics.jsonl.
+        wandb: project to log to as well (WANDB_MODE=offline without a network).
         num_threads: CPU threads (default: all).
     """
 
@@ -105,7 +108,9 @@ class TrainHeadConfig:
     seed: int = 0
     resume: str = field(default="never", metadata={"bare": "auto"})
     checkpoint_every: int = 100
+    keep_checkpoints: int = 2
     log_every: int = 10
+    wandb: str | None = None
     num_threads: int | None = None
 
     def __post_init__(self):

@@ -1,57 +1,120 @@
-"""The joint objective on packed rows: one random subset order per row (Guo & Ermon 2025)."""
+"""What is predicted from what: the rows of an optimiser step with their orders, and the loss on them.
 
+Both objectives of Guo & Ermon (2025) are choices of limits. A row's first ranks are a prompt; *settled* ranks are the
+prompt and, for the parallel objective, some tokens decoded after it. Targets are the ranks from there on, with their
+own rank as limit (joint) or all with the number of settled ranks (parallel, as a draft is made).
+"""
+
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import nn
 
-from ..config import MaskingConfig
-from ..data.packing import PackedRows
-from ..density import negative_log_likelihood
+from ..density import cross_entropy_sum, query_states
 from ..model import AnySubsetLM
-from ..orders import Order, random_spans, random_visible
+from ..orders import Order, random_spans, random_visible, rows_with_limit
 from ..rng import generator
-from .schedule import draw_masking_rate
+from .config import MaskingConfig, ObjectiveConfig
+from .schedule import masking_rates
 
 
 @dataclass(frozen=True)
 class Batch:
+    """Rows of one process in one optimiser step, those with most targets first.
+
+    ``index_B`` are their places in the run's sequence of rows. ``order.n_visible_B`` ranks see each other whole, those
+    from ``settled_B`` on are predicted, and ``weight_B`` is the weight of a row's targets in the loss.
+    """
+
+    index_B: torch.Tensor
     ids_BN: torch.Tensor
-    visible_BN: torch.Tensor
+    order: Order
+    settled_B: torch.Tensor
+    weight_B: torch.Tensor
+
+    @property
+    def n_targets(self) -> int:
+        return int((self.order.length_B - self.settled_B).sum())
+
+    def to(self, device: torch.device | str) -> "Batch":
+        return Batch(*(x.to(device) for x in vars(self).values()))
+
+    def of(self, rows: slice | torch.Tensor) -> "Batch":
+        """Some of the rows."""
+        return Batch(*(x.of(rows) if isinstance(x, Order) else x[rows] for x in vars(self).values()))
+
+    def parts(self, size: int) -> Iterator["Batch"]:
+        """``size`` rows at a time. Neighbours have about as many targets, so a part needs little padding."""
+        return (self.of(slice(first, first + size)) for first in range(0, len(self.ids_BN), size))
 
 
-def step_batch(rows: PackedRows, step: int, n_rows: int, masking: MaskingConfig, seed: int) -> Batch:
-    """The rows of one optimiser step with their masks, a pure function of ``seed`` and ``step``.
+def make_batch(
+    rows_BN: np.ndarray,
+    indices: list[int],
+    step: int,
+    rows_per_step: int,
+    masking: MaskingConfig,
+    objective: ObjectiveConfig,
+    seed: int,
+) -> Batch:
+    """Rows of optimiser step ``step`` with their orders, a function of the seed, the step and their indices alone."""
+    rates = masking_rates(step, rows_per_step, masking, seed)[[index - step * rows_per_step for index in indices]]
+    length = rows_BN.shape[1]
+    orders, n_prompt, weights = [], [], []
+    for index, rate in zip(indices, rates, strict=True):
+        rng = generator(seed, "order", index)
+        visible_share = (1 - rate) * (rng.random() if objective.name == "parallel" else 1)
+        order_N, n_visible = draw_order(length, visible_share, masking, rng)
+        orders.append(order_N)
+        n_prompt.append(n_visible)
+        weights.append({"none": 1.0, "masking_rate": rate, "snr": rate / (1 - rate)}[objective.loss_scale])
+    prompt_B = torch.tensor(n_prompt)
+    settled_B = torch.from_numpy(np.minimum(np.round((1 - rates) * length), length - 1)).long()
+    whole_B = prompt_B
+    if objective.name == "parallel":
+        whole_B = {"prompt_and_decoded": settled_B, "prompt_only": prompt_B, "causal": torch.zeros_like(prompt_B)}[
+            objective.prompt_attention
+        ]
+    order = Order.from_permutation(torch.from_numpy(np.stack(orders)), whole_B)
+    batch = Batch(torch.tensor(indices), torch.from_numpy(rows_BN).long(), order, settled_B, torch.tensor(weights))
+    return batch.of(settled_B.argsort(stable=True))
 
-    Sorted by number of masked tokens, so that the rows that share a pass need little padding.
-    """
-    indices = range(step * n_rows, (step + 1) * n_rows)
-    ids = np.stack([rows.row(i) for i in indices])
-    visible = []
-    for i in indices:
-        rng = generator(seed, "order", i)
-        rate = draw_masking_rate(step, masking, rng)
-        subset = random_spans if rng.random() < masking.span_fraction else random_visible
-        visible.append(subset(rows.max_length, 1 - rate, rng))
-    visible_BN = torch.stack(visible)
-    by_masked_B = visible_BN.sum(1).argsort(stable=True)
-    return Batch(torch.from_numpy(ids).long()[by_masked_B], visible_BN[by_masked_B])
+
+def draw_order(
+    length: int, visible_share: float, masking: MaskingConfig, rng: np.random.Generator
+) -> tuple[np.ndarray, int]:
+    """An order [length] of a row's positions, and how many of them are given."""
+    shape = rng.random()
+    if shape < masking.span_fraction:
+        visible_N = random_spans(length, visible_share, rng).numpy()
+    else:
+        visible_N = random_visible(length, visible_share, rng).numpy()
+        if shape < masking.span_fraction + masking.left_to_right_fraction:
+            visible_N = np.arange(length) < visible_N.sum()
+    masked = np.flatnonzero(~visible_N)
+    if rng.random() < masking.any_permutation_fraction:
+        masked = rng.permutation(masked)
+    return np.concatenate([np.flatnonzero(visible_N), masked]), int(visible_N.sum())
 
 
-def accumulate_gradients(model: AnySubsetLM, batch: Batch, rows_per_pass: int, precision: str) -> float:
-    """Backpropagate the mean loss over all the batch's targets, ``rows_per_pass`` rows at a time; returns that mean.
+class Objective(nn.Module):
+    """The loss of a model on batches; what is copied (DDP) or dealt out (FSDP) to several processes."""
 
-    The sum over targets is divided by the number of targets in the whole batch, so that splitting it changes nothing.
-    """
-    device = model.device
-    n_targets = int((~batch.visible_BN).sum())
-    total = 0.0
-    for ids_PN, visible_PN in zip(
-        batch.ids_BN.split(rows_per_pass), batch.visible_BN.split(rows_per_pass), strict=True
-    ):
-        order = Order.from_visible(visible_PN).to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            loss, _ = negative_log_likelihood(model, ids_PN.to(device), order)
-        (loss / n_targets).backward()
-        total += loss.item()
-    return total / n_targets
+    def __init__(self, model: AnySubsetLM, config: ObjectiveConfig):
+        super().__init__()
+        self.model, self.config = model, config
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Weighted sum over the targets of -log p(target), in nats."""
+        N = batch.ids_BN.shape[1]
+        device, order, settled_B1 = batch.ids_BN.device, batch.order, batch.settled_B[:, None]
+        rank_BR = settled_B1 + torch.arange(N - int(settled_B1.min()), device=device)
+        limit_BR = rank_BR if self.config.name == "joint" else settled_B1.expand_as(rank_BR)
+        query = rows_with_limit(order, rank_BR, limit_BR, order.length_B)
+        hidden_BRE = query_states(self.model, batch.ids_BN, order, query)
+        target_BR = batch.ids_BN.gather(1, query.position_BR.clamp(max=N - 1))
+        weight_BR = batch.weight_B[:, None].float().expand_as(target_BR)
+        valid_BR = query.valid_BR
+        return cross_entropy_sum(self.model, hidden_BRE[valid_BR], target_BR[valid_BR], weight_BR[valid_BR])

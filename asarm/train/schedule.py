@@ -1,8 +1,9 @@
-"""Learning rate and masking range as functions of the step."""
+"""Learning rate and masking rates as functions of the step."""
 
 import numpy as np
 
-from ..config import MaskingConfig, OptimizerConfig
+from ..rng import generator
+from .config import MaskingConfig, OptimizerConfig
 
 
 def lr_factor(step: int, config: OptimizerConfig) -> float:
@@ -20,5 +21,12 @@ def masking_range(step: int, config: MaskingConfig) -> tuple[float, float]:
     return low, high
 
 
-def draw_masking_rate(step: int, config: MaskingConfig, rng: np.random.Generator) -> float:
-    return rng.uniform(*masking_range(step, config))
+def masking_rates(step: int, n_rows: int, config: MaskingConfig, seed: int) -> np.ndarray:
+    """The masking rate of each of a step's rows [n_rows]: one in each n-th part of the range, in random order.
+
+    Each of them is uniform in the range, and their mean varies far less than that of independent draws.
+    """
+    rng = generator(seed, "rates", step)
+    low, high = masking_range(step, config)
+    strata = (rng.random() + rng.permutation(n_rows) / n_rows) % 1
+    return low + (high - low) * strata

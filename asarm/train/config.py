@@ -1,0 +1,225 @@
+"""Settings of training a model: one dataclass a section. Those of a draft head are in :mod:`asarm.train.head_config`.
+
+Imports nothing heavy, so that ``--help`` answers at once. Ranges are checked when a section is made.
+"""
+
+from dataclasses import dataclass, field
+
+from ..config import DataConfig, require
+from ..errors import ConfigError
+
+OBJECTIVES = ("joint", "parallel")
+PROMPT_ATTENTION = ("prompt_and_decoded", "prompt_only", "causal")
+LOSS_SCALES = ("none", "masking_rate", "snr")
+RESUME = ("never", "auto", "must")
+
+
+@dataclass(frozen=True)
+class MaskingConfig:
+    """Which of a row's tokens are predicted, and in which order.
+
+    Args:
+        start_low: the share of the tokens is uniform in start_low..start_high at first
+        start_high: (Guo & Ermon 2025),
+        final_low: and in final_low..final_high
+        final_high: from warmup_steps on.
+        warmup_steps: steps over which the range moves.
+        span_fraction: share of the rows whose predicted tokens are a few contiguous spans instead of a random subset.
+        left_to_right_fraction: share of the rows whose predicted tokens are the last ones.
+        any_permutation_fraction: share of the rows whose predicted tokens are decoded in random instead of ascending
+            order.
+    """
+
+    start_low: float = 0.15
+    start_high: float = 0.15
+    final_low: float = 0.85
+    final_high: float = 0.99
+    warmup_steps: int = 5000
+    span_fraction: float = 0.0
+    left_to_right_fraction: float = 0.0
+    any_permutation_fraction: float = 0.0
+
+    def __post_init__(self):
+        for name in ("span_fraction", "left_to_right_fraction", "any_permutation_fraction"):
+            require(0 <= getattr(self, name) <= 1, f"masking.{name}", getattr(self, name), "in [0, 1]")
+        shapes = self.span_fraction + self.left_to_right_fraction
+        require(shapes <= 1, "masking.span_fraction + masking.left_to_right_fraction", shapes, "at most 1")
+        require(self.warmup_steps >= 0, "masking.warmup_steps", self.warmup_steps, "0 or more")
+        for which in ("start", "final"):
+            low, high = getattr(self, f"{which}_low"), getattr(self, f"{which}_high")
+            require(0 < low <= high < 1, f"masking.{which}_low..{which}_high", (low, high), "a range inside (0, 1)")
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """What is predicted from what (Guo & Ermon 2025).
+
+    Args:
+        name: joint (each token given all that precede it) or parallel (the masked tokens independently of each other,
+            as a draft is made: given a prompt and what was decoded after it).
+        prompt_attention: of parallel: whom a given token sees. prompt_and_decoded: all given tokens; prompt_only: the
+            prompt, and of what was decoded what precedes it; causal: what precedes it.
+        loss_scale: weight of a row with masking rate m: none (1), masking_rate (m) or snr (m / (1 - m), the inverse of
+            its signal-to-noise ratio).
+    """
+
+    name: str = "joint"
+    prompt_attention: str = "prompt_and_decoded"
+    loss_scale: str = "none"
+
+    def __post_init__(self):
+        require(self.name in OBJECTIVES, "objective.name", self.name, f"one of {', '.join(OBJECTIVES)}")
+        rule = f"one of {', '.join(PROMPT_ATTENTION)}"
+        require(self.prompt_attention in PROMPT_ATTENTION, "objective.prompt_attention", self.prompt_attention, rule)
+        rule = f"one of {', '.join(LOSS_SCALES)}"
+        require(self.loss_scale in LOSS_SCALES, "objective.loss_scale", self.loss_scale, rule)
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up and linear decay to zero at the last step.
+
+    Args:
+        steps: optimiser steps.
+        rows_per_step: packed rows per optimiser step, over all processes.
+        rows_per_pass: rows per forward pass of a process (gradient accumulation over the rest); processes times
+            rows_per_pass must divide rows_per_step.
+        precision: bf16 (autocast) or fp32.
+        ema_decay: keep an exponential moving average of the weights, which validation and final/ then use.
+        max_skipped_steps: stop after so many steps in a row whose gradient is not finite; each of them is skipped.
+    """
+
+    lr: float = 1e-5
+    weight_decay: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.999
+    steps: int = 100_000
+    warmup_steps: int = 5000
+    grad_clip: float = 1.0
+    rows_per_step: int = 32
+    rows_per_pass: int = 32
+    precision: str = "bf16"
+    ema_decay: float | None = None
+    max_skipped_steps: int = 10
+
+    def __post_init__(self):
+        require(self.lr > 0, "optimizer.lr", self.lr, "above 0")
+        require(self.steps >= 1, "optimizer.steps", self.steps, "at least 1")
+        require(self.rows_per_pass >= 1, "optimizer.rows_per_pass", self.rows_per_pass, "at least 1")
+        self.require_divides(1)
+        require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "0 or more")
+        require(self.grad_clip > 0, "optimizer.grad_clip", self.grad_clip, "above 0")
+        require(self.precision in ("bf16", "fp32"), "optimizer.precision", self.precision, "bf16 or fp32")
+        require(self.ema_decay is None or 0 < self.ema_decay < 1, "optimizer.ema_decay", self.ema_decay, "in (0, 1)")
+        require(self.max_skipped_steps >= 1, "optimizer.max_skipped_steps", self.max_skipped_steps, "at least 1")
+
+    def require_divides(self, n_processes: int) -> None:
+        """Raise :class:`ConfigError` unless a step is a whole number of passes of each process."""
+        rule = f"a multiple of rows_per_pass ({self.rows_per_pass})"
+        if n_processes > 1:
+            rule += f" times the number of processes ({n_processes})"
+        whole = self.rows_per_step % (n_processes * self.rows_per_pass) == 0
+        require(whole, "optimizer.rows_per_step", self.rows_per_step, rule)
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """Measures on held-out text while a model is trained, in validation.jsonl.
+
+    Args:
+        file: JSON lines or raw text; without it nothing is measured.
+        rows: packed rows from its beginning.
+        masked_fractions: shares of a row's tokens that are masked, for the joint log-likelihood.
+        generations: rows of which generation_masked_fraction is drawn anew with assd; 0 for none.
+        generation_masked_fraction: share of their tokens that is drawn.
+        k: tokens drafted a round.
+        batch_size: rows at a time.
+        every: steps between measurements; the last step is always measured.
+        seed: of masks and samples, the same at every measurement.
+    """
+
+    file: str | None = None
+    rows: int = 64
+    masked_fractions: list[float] = field(default_factory=lambda: [0.15, 0.5, 0.95])
+    generations: int = 8
+    generation_masked_fraction: float = 0.95
+    k: int = 5
+    batch_size: int = 8
+    every: int = 1000
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("rows", "k", "batch_size", "every"):
+            require(getattr(self, name) >= 1, f"validation.{name}", getattr(self, name), "at least 1")
+        require(0 <= self.generations <= self.rows, "validation.generations", self.generations, "between 0 and rows")
+        for fraction in (*self.masked_fractions, self.generation_masked_fraction):
+            require(0 < fraction <= 1, "validation: a masked fraction", fraction, "in (0, 1]")
+        require(self.seed >= 0, "validation.seed", self.seed, "0 or more")
+
+
+def require_run_settings(config) -> None:
+    """The checks that every training run's settings share."""
+    require(config.seed >= 0, "seed", config.seed, "0 or more")
+    for name in ("checkpoint_every", "keep_checkpoints", "log_every"):
+        require(getattr(config, name) >= 1, name, getattr(config, name), "at least 1")
+    require(config.resume in RESUME, "resume", config.resume, f"one of {', '.join(RESUME)}")
+    config.data.require_source()
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run.
+
+    Args:
+        output_dir: receives config.yaml, metrics.jsonl, validation.jsonl, checkpoints/ and final/.
+        model: start from this embedded name, folder or Hub id; without it, from random weights by architecture.
+        revision: of a Hub id.
+        tokenizer: folder or Hub id with a tokenizer.json (default: the model's own).
+        architecture: XLNetConfig fields for a model from scratch (d_model, n_layer, n_head, d_inner, ...).
+        data: training text.
+        masking: what is hidden, and the order of decoding.
+        objective: what is predicted from what.
+        optimizer: optimiser and batch.
+        validation: measures on held-out text.
+        seed: of weights, rows and orders.
+        resume: never, auto (the option without a value: go on from the newest valid checkpoint in output_dir, begin
+            where there is none) or must.
+        checkpoint_every: steps between checkpoints.
+        keep_checkpoints: newest checkpoints that are kept.
+        log_every: steps between lines of metrics.jsonl.
+        wandb: project to log to as well (WANDB_MODE=offline without a network).
+        fsdp: deal weights, gradients and optimiser state out to the processes (FSDP) instead of copying them (DDP).
+        gradient_checkpointing: compute a layer's activations again in the backward pass instead of keeping them.
+        compile: run the layers through torch.compile.
+        num_threads: CPU threads (default: all).
+    """
+
+    output_dir: str
+    model: str | None = None
+    revision: str = "main"
+    tokenizer: str | None = None
+    architecture: dict[str, int | float | str] = field(default_factory=dict)
+    data: DataConfig = field(default_factory=DataConfig)
+    masking: MaskingConfig = field(default_factory=MaskingConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    seed: int = 0
+    resume: str = field(default="never", metadata={"bare": "auto"})
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+    log_every: int = 10
+    wandb: str | None = None
+    fsdp: bool = False
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    num_threads: int | None = None
+
+    def __post_init__(self):
+        require_run_settings(self)
+        if self.model is None and not (self.architecture and self.tokenizer):
+            raise ConfigError("training needs a model to start from, or an architecture and a tokenizer")
+        if self.model is not None and self.architecture:
+            raise ConfigError(f"model {self.model!r} fixes the architecture; remove the architecture section")
+        together = self.fsdp and self.optimizer.ema_decay is not None
+        require(not together, "optimizer.ema_decay", self.optimizer.ema_decay, "left out with fsdp")
