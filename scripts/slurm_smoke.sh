@@ -142,45 +142,56 @@ train() {
     submit "$name" "$@" _run_training.sh --config configs/train/smoke.yaml --output_dir "$work/$name"
 }
 
-# sees_requeue JOB NAME: it stops at a checkpoint, waits, goes on and ends (without the two minutes that Slurm lets a requeued job wait)
-sees_requeue() {
-    wait_for 60 "requeue of job $1" is_field "$1" Restarts 1
-    wait_for 60 "job $1 pending" is_field "$1" JobState PENDING
-    say "job $1 is back in the queue ($(job_field "$1" Reason)); newest checkpoint: $(newest "$2")"
-    scontrol update JobId="$1" StartTime=now
-    wait_for 300 "end of job $1" is_field "$1" JobState COMPLETED
-    say "job $1 ended: $(scontrol --oneliner show job "$1" | grep -oE '(JobState|Restarts|ExitCode)=[^ ]+' | xargs)"
-    check "every step once, restart included" every_step_once "$2"
+# straight NAME: the run that is never interrupted, under bash
+straight() {
+    bash _run_training.sh --config configs/train/smoke.yaml --output_dir "$work/$1" > "$work/$1.log" 2>&1
+    check "$1, under bash, uninterrupted: every step once" every_step_once "$1"
+}
+
+# preempt NAME OPTION...: a training job that makes room for a more urgent one, is requeued, goes on from its checkpoint and ends
+preempt() {
+    local name=$1 job urgent
+    job=$(train "$@")
+    wait_for 120 "step 50 of job $job" reached "$name" 50
+    urgent=$(sbatch --parsable --partition=urgent --nodes=2 --exclusive --job-name=urgent --output="$log" --wrap "sleep 3")
+    say "job $job ($name) trains on $(job_field "$job" NumNodes) node(s); job $urgent, more urgent, needs them: Slurm preempts job $job"
+    wait_for 120 "requeue of job $job" is_field "$job" Restarts 1
+    wait_for 120 "job $job pending" is_field "$job" JobState PENDING
+    say "job $job is back in the queue; newest checkpoint: $(newest "$name")"
+    wait_for 120 "end of job $urgent" not_in_queue "$urgent"
+    scontrol update JobId="$job" StartTime=now # Slurm lets a requeued job wait for two minutes
+    wait_for 600 "end of job $job" is_field "$job" JobState COMPLETED
+    say "job $job ended: $(scontrol --oneliner show job "$job" | grep -oE '(JobState|Restarts|ExitCode)=[^ ]+' | xargs)"
+    grep -hE "^(stopped|launch|\[rank)" "$work/$name-$job.log" | sed "s/^/        log: /"
+    check "$name: every step once, restart included" every_step_once "$name"
 }
 
 trap clean_up EXIT
 start_slurm
 
-bash _run_training.sh --config configs/train/smoke.yaml --output_dir "$work/straight" > "$work/straight.log" 2>&1
-check "under bash, uninterrupted: every step once" every_step_once straight
+straight one-process
+preempt one-node
+check "one-node: the weights of the uninterrupted run, bit for bit" same_weights one-process one-node
 
-job=$(train preempted)
-wait_for 60 "step 50 of job $job" reached preempted 50
-urgent=$(sbatch --parsable --partition=urgent --nodes=2 --exclusive --job-name=urgent --output="$log" --wrap "sleep 3")
-say "job $job trains; job $urgent, more urgent, takes both nodes: Slurm preempts job $job"
-sees_requeue "$job" preempted
-check "preempted and resumed: the weights of the uninterrupted run, bit for bit" same_weights straight preempted
+ASARM_PROCESSES=2 straight two-processes
+preempt two-nodes --nodes=2
+check "two-nodes: the weights of the uninterrupted run of two processes, bit for bit" same_weights two-processes two-nodes
 
 job=$(train cancelled)
-wait_for 60 "step 50 of job $job" reached cancelled 50
+wait_for 120 "step 50 of job $job" reached cancelled 50
 scancel "$job"
-wait_for 60 "end of job $job" not_in_queue "$job"
+wait_for 120 "end of job $job" not_in_queue "$job"
 check "job $job, cancelled while it trained, is $(job_field "$job" JobState), not requeued; newest checkpoint: $(newest cancelled)" \
     is_field "$job" JobState CANCELLED
 
 job=$(submit failing _run_training.sh --config configs/train/smoke.yaml --output_dir "$work/failing" --optimizer.lr 0)
-wait_for 60 "end of job $job" not_in_queue "$job"
+wait_for 120 "end of job $job" not_in_queue "$job"
 check "job $job, with a mistake in its settings, is $(job_field "$job" JobState), not requeued; exit status $(job_field "$job" ExitCode)" \
     is_field "$job" JobState FAILED
 
 options=(--num_sequences 4 --max_length 32 --samplers sequential assd)
 bash _run_speculative_decoding.sh "${options[@]}" --output_dir "$work/evaluation" > "$work/evaluation.log" 2>&1
 job=$(submit array --array=0-1 _run_speculative_decoding.sh "${options[@]}" --output_dir "$work/array")
-wait_for 120 "end of job $job" not_in_queue "$job"
+wait_for 300 "end of job $job" not_in_queue "$job"
 check "evaluation as an array of two jobs: the records of one process" same_records evaluation array
 say "all of it holds"

@@ -82,4 +82,5 @@ def train(config: TrainConfig) -> Path:
         copy_with(model, whole, torch.device("cpu")).save_pretrained(final)
         tokenizer.backend.save(str(final / "tokenizer.json"))
     accelerator.wait_for_everyone()
+    accelerator.end_training()
     return final

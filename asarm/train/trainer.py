@@ -55,7 +55,8 @@ def start_processes(config: TrainConfig | TrainHeadConfig) -> tuple[Accelerator,
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     log_with = "wandb" if config.wandb else None
-    accelerator = Accelerator(log_with=log_with, kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT)])
+    cpu = not torch.cuda.is_available()  # unless it is told so, accelerate takes processes without GPUs for separate runs
+    accelerator = Accelerator(cpu=cpu, log_with=log_with, kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT)])
     config.optimizer.require_divides(accelerator.num_processes)
     out = prepare_output_dir(config.output_dir)
     if config.resume == "never" and (checkpoints(out / "checkpoints") or (out / "final").exists()):
@@ -174,7 +175,6 @@ class Trainer:
                 if stopped and not last:
                     why = stop.received or "a signal to another process"
                     raise StoppedError(f"stopped by {why} after step {done}; go on with --resume auto")
-        self.accelerator.end_training()
 
     def _update(self, step: int, loss: float) -> dict[str, float]:
         """Clip the gradient and take the optimiser's step, unless something is not finite: then count it."""
