@@ -14,7 +14,7 @@ from typing import get_args, get_origin
 import docstring_parser
 from jsonargparse import ActionConfigFile, ActionYesNo, ArgumentParser
 
-from .bench.config import BenchDecodeConfig
+from .bench.config import BenchDecodeConfig, BenchTrainConfig
 from .errors import EXIT_STOPPED, ConfigError, StoppedError, UserError
 from .evals.config import (
     CodeInfillConfig,
@@ -100,6 +100,14 @@ def run_bench_decode(config: BenchDecodeConfig) -> None:
     print(json.dumps(result, ensure_ascii=False))
 
 
+def run_bench_train(config: BenchTrainConfig) -> None:
+    from .bench.train import bench, report
+
+    result = bench(config)
+    print(report(result))
+    print(json.dumps(result, ensure_ascii=False))
+
+
 def _show(config: DecodingConfig, summary: dict, report: Callable[[dict], str]) -> None:
     if config.json:
         print(json.dumps(summary, ensure_ascii=False))
@@ -134,7 +142,7 @@ EVALS = {
 }
 
 
-BENCHES = {"decode": (BenchDecodeConfig, run_bench_decode)}
+BENCHES = {"decode": (BenchDecodeConfig, run_bench_decode), "train": (BenchTrainConfig, run_bench_train)}
 
 
 def build_parser(prog: str, description: str, commands: dict) -> ArgumentParser:

@@ -52,14 +52,15 @@ class ProjectedCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden_TE, weight_VE, bias_V, target_T, weight_T):
         device = hidden_TE.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VE.dtype
-        total = torch.zeros((), device=hidden_TE.device)
+        wide = torch.promote_types(dtype, torch.float32)
+        total = torch.zeros((), dtype=wide, device=hidden_TE.device)
         grads = tuple(torch.zeros_like(x) for x in (hidden_TE, weight_VE, bias_V)) if any(ctx.needs_input_grad) else ()
         with torch.autocast(device, enabled=False):
             hidden_TE, matrix_VE, bias = hidden_TE.to(dtype), weight_VE.to(dtype), bias_V.to(dtype)
             for first in range(0, len(target_T), TRAINED_ROWS):
                 rows = slice(first, first + TRAINED_ROWS)
                 logits_CV = F.linear(hidden_TE[rows], matrix_VE, bias)
-                logp_CV = logits_CV.log_softmax(-1, dtype=torch.promote_types(dtype, torch.float32))
+                logp_CV = logits_CV.log_softmax(-1, dtype=wide)
                 total -= (logp_CV.gather(1, target_T[rows, None]).squeeze(1) * weight_T[rows]).sum()
                 if not grads:
                     continue

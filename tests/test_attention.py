@@ -7,7 +7,8 @@ import pytest
 import torch
 from conftest import make_model, random_batch
 
-from asarm.attention import masked_softmax, relative_shift
+from asarm import attention
+from asarm.attention import Attention, Sight
 from asarm.density import target_states
 from asarm.engine import engine_of
 from asarm.orders import Order, content_limit, may_attend, rows_at_ranks
@@ -26,25 +27,50 @@ def test_masks_equal_a_triple_loop_for_all_subsets_of_four():
                 assert query[row, slot] == before
 
 
-def test_relative_shift_equals_a_loop_and_so_does_its_gradient():
+def attention_inputs(B=2, R=4, N=5, H=3, D=2):
+    """Random arguments, float64, in which one row sees nothing."""
     torch.manual_seed(0)
-    x_BHRP = torch.randn(2, 3, 4, 9, dtype=torch.float64, requires_grad=True)
-    shift_BR = torch.randint(0, 5, (2, 4))
-    out = relative_shift(x_BHRP, shift_BR)
-    for b, h, r, n in itertools.product(range(2), range(3), range(4), range(5)):
-        assert out[b, h, r, n] == x_BHRP[b, h, r, shift_BR[b, r] + n]
-    assert torch.autograd.gradcheck(lambda x: relative_shift(x, shift_BR), x_BHRP)
+    shapes = ((B, R, H, D), (B, R, H, D), (B, N, H, D), (B, N, H, D), (2 * N - 1, H, D))
+    may_BRN = torch.rand(B, R, N) < 0.5
+    may_BRN[..., 0] = True
+    may_BRN[1, 2] = False
+    sight = Sight(may_BRN, torch.randint(0, N, (B, R)))
+    return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes], sight
 
 
-def test_softmax_of_a_row_that_sees_nothing_is_zero_and_has_no_gradient():
-    score = torch.randn(1, 2, 3, 4, requires_grad=True)
-    may = torch.tensor([[[True, False, True, False], [False] * 4, [True] * 4]])
-    weight = masked_softmax(score, may)
-    assert weight[0, :, 1].eq(0).all()
-    assert torch.allclose(weight[0, :, [0, 2]].sum(-1), torch.ones(2, 2))
-    assert weight[0, :, 0, [1, 3]].eq(0).all()
-    (weight**2).sum().backward()
-    assert score.grad[0, :, 1].eq(0).all() and score.grad.isfinite().all()
+def slow_attention(content_q, relative_q, key, value, relative_key, sight):
+    """A loop over rows and the slots that each sees."""
+    out = torch.zeros_like(content_q)
+    for b, r, h in itertools.product(*map(range, content_q.shape[:3])):
+        slots = sight.may_attend_BRN[b, r].nonzero().flatten()
+        score = content_q[b, r, h] @ key[b, slots, h].T
+        score = score + relative_q[b, r, h] @ relative_key[slots + sight.shift_BR[b, r], h].T
+        out[b, r, h] = score.softmax(-1) @ value[b, slots, h]
+    return out
+
+
+@pytest.mark.parametrize("heads_at_a_time", [1, 2, 3])
+def test_attention_and_its_gradient_equal_a_loop(monkeypatch, heads_at_a_time):
+    tensors, sight = attention_inputs()
+    monkeypatch.setitem(attention.SCORE_BYTES, "cpu", heads_at_a_time * 2 * 4 * 9 * 8)
+    out_BRHD, slow_BRHD = Attention.apply(*tensors, sight, 0.0), slow_attention(*tensors, sight)
+    assert torch.allclose(out_BRHD, slow_BRHD, atol=1e-12)
+    assert out_BRHD[1, 2].eq(0).all(), "a row that sees nothing"
+    weight = torch.randn_like(out_BRHD)
+    ours, slow = (torch.autograd.grad((x * weight).sum(), tensors) for x in (out_BRHD, slow_BRHD))
+    for a, b in zip(ours, slow, strict=True):
+        assert torch.allclose(a, b, atol=1e-12)
+
+
+def test_the_gradient_of_attention_with_dropout():
+    tensors, sight = attention_inputs()
+
+    def with_one_mask(*tensors):
+        torch.manual_seed(1)
+        return Attention.apply(*tensors, sight, 0.3)
+
+    assert not torch.equal(with_one_mask(*tensors), Attention.apply(*tensors, sight, 0.0))
+    assert torch.autograd.gradcheck(with_one_mask, tensors)
 
 
 @pytest.mark.parametrize("visible", [(False, True, False, True), (True, True, False, False), (False,) * 4])

@@ -1,16 +1,20 @@
 """The decoding benchmark, on a small model."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-from asarm.bench.config import BenchDecodeConfig
+from asarm.bench import train as train_bench
+from asarm.bench.config import ARCHITECTURES, BenchDecodeConfig, BenchTrainConfig
 from asarm.bench.decode import round_seconds
 from asarm.cli import main
 from asarm.errors import ConfigError
 from asarm.loading import load
 from asarm.sampling import sample as sample_module
+
+SYSTEMS = (train_bench.OURS, train_bench.THEIRS)
 
 
 def test_the_last_line_is_json_and_agrees_with_itself(capsys):
@@ -64,3 +68,26 @@ def test_only_the_asked_for_rounds_are_played(monkeypatch):
 def test_settings_out_of_range_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         BenchDecodeConfig(**settings)
+
+
+def test_a_training_step_is_compared_on_the_same_work(capsys, monkeypatch):
+    small = {"d_model": 32, "n_layer": 2, "n_head": 2, "d_inner": 64, "vocab_size": 300}
+    monkeypatch.setattr(train_bench, "ProcessPoolExecutor", lambda *args, **kwargs: ThreadPoolExecutor(1))
+    monkeypatch.setitem(ARCHITECTURES, "xlnet-base", small)
+    assert main(["bench", "train", "--length", "24", "--batch_size", "3", "--repeats", "1", "--num_threads", "1"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert len(result["rows"]) == 4 and len(result["times_faster"]) == 3
+    for dtype, tolerance in (("float32", 1e-5), ("bfloat16", 1e-3)):
+        ours, theirs = (next(r for r in result["rows"] if r["dtype"] == dtype and r["system"] == s) for s in SYSTEMS)
+        assert ours["losses"] == pytest.approx(theirs["losses"], rel=tolerance)
+        assert ours["losses"][1] < ours["losses"][0]
+        assert result["times_faster"][dtype] == pytest.approx(theirs["step_seconds"] / ours["step_seconds"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"size": "tiny"}, "xlnet-base, xlnet-large, got 'tiny'"), ({"repeats": 0}, "repeats must be at least 1, got 0")],
+)
+def test_settings_of_the_training_bench_out_of_range(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        BenchTrainConfig(**settings)

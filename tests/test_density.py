@@ -5,8 +5,10 @@ import itertools
 import pytest
 import torch
 from conftest import make_model, random_batch
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from asarm import Law, Order, conditional_log_probs, joint_log_prob
+from asarm import Law, Order, conditional_log_probs, density, joint_log_prob
 from asarm.density import negative_log_likelihood
 
 
@@ -83,3 +85,33 @@ def test_a_given_token_has_log_probability_zero():
     ids_BN, order = random_batch(9, 3, 6, seed=4, lengths=[6, 4, 2])
     logp_BN = conditional_log_probs(model, ids_BN, order)
     assert logp_BN[~order.target_BN].eq(0).all() and logp_BN[order.target_BN].lt(0).all()
+
+
+def test_the_chunked_loss_equals_cross_entropy_and_never_holds_all_logits():
+    torch.manual_seed(0)
+    T, V, E = 2 * density.TRAINED_ROWS + 7, 50, 8
+    model = make_model(vocab_size=V, d_model=E)
+    hidden_TE = torch.randn(T, E, requires_grad=True)
+    target_T, weight_T = torch.randint(0, V, (T,)), torch.rand(T)
+    parameters = (hidden_TE, model.lm_loss.weight, model.lm_loss.bias)
+    plain = (F.cross_entropy(model.logits(hidden_TE), target_T, reduction="none") * weight_T).sum()
+    expected = torch.autograd.grad(3 * plain, parameters)
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.shape[-1:] == (V,):
+                largest = max(largest, out.numel())
+            return out
+
+    with Watch():
+        loss = density.cross_entropy_sum(model, hidden_TE, target_T, weight_T)
+        found = torch.autograd.grad(3 * loss, parameters)
+    assert loss.item() == pytest.approx(plain.item(), rel=1e-6)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-5)
+    assert largest == density.TRAINED_ROWS * V
+    with torch.no_grad():
+        assert density.cross_entropy_sum(model, hidden_TE, target_T, weight_T).item() == loss.item()

@@ -10,7 +10,7 @@ from conftest import make_model, random_batch
 from safetensors.torch import load_file
 from test_train import write_text
 
-from asarm import AnySubsetLM, Law, conditional_log_probs
+from asarm import AnySubsetLM, Law, Order, conditional_log_probs
 from asarm.cli import main
 from asarm.config import DataConfig
 from asarm.draft_head import DraftHead, distance_to_previous, find_draft_head, previous_ids
@@ -19,9 +19,8 @@ from asarm.errors import CheckpointMismatchError, ConfigError, DataFileError, Me
 from asarm.orders import Rows, content_limit
 from asarm.train import draft_head as training
 from asarm.train.config import MaskingConfig, OptimizerConfig
-from asarm.train.draft_head import accumulate_head_gradients, divergences, make_windows, train_draft_head, window_rows
+from asarm.train.draft_head import divergences, head_losses, make_windows, train_draft_head, window_rows
 from asarm.train.head_config import HeadConfig, HeldOutConfig, TrainHeadConfig, WindowConfig
-from asarm.train.objective import Batch
 
 SHAPE = {"width": 8, "n_head": 2, "rank": 6}
 
@@ -252,40 +251,44 @@ def test_training_raises_acceptance_and_the_head_loads(head_run):
 @pytest.mark.parametrize("stop_at", [2, 8])  # before the first checkpoint and after it
 def test_resume_equals_an_uninterrupted_run_bit_for_bit(head_run, tmp_path, monkeypatch, stop_at):
     whole = train_draft_head(replace(head_run, output_dir=str(tmp_path / "whole")))
-    original = training.accumulate_head_gradients
+    original = training.make_batch
 
-    def interrupted(*arguments):
-        if arguments[4] == stop_at:
+    def interrupted(rows_BN, indices, step, *arguments):
+        if step == stop_at:
             raise KeyboardInterrupt
-        return original(*arguments)
+        return original(rows_BN, indices, step, *arguments)
 
-    monkeypatch.setattr(training, "accumulate_head_gradients", interrupted)
+    monkeypatch.setattr(training, "make_batch", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train_draft_head(head_run)
-    monkeypatch.setattr(training, "accumulate_head_gradients", original)
+    monkeypatch.setattr(training, "make_batch", original)
     parts = train_draft_head(replace(head_run, resume="auto"))
     first, second = (load_file(folder / "draft_head" / "model.safetensors") for folder in (whole, parts))
     assert all(torch.equal(first[key], second[key]) for key in first)
     for name in ("metrics.jsonl", "held_out.jsonl"):
         ours, theirs = (records(c, name) for c in (head_run, replace(head_run, output_dir=str(tmp_path / "whole"))))
-        drop = {"tokens_per_second": 0}
+        drop = {"tokens_per_second": 0, "memory_gib": 0, "seconds_left": 0}
         assert [r | drop for r in ours] == [r | drop for r in theirs], "steps that were run again are logged once"
 
 
 def test_gradients_do_not_depend_on_how_the_batch_is_split(trunk, head_run):
     ids_BN, _, uniform_BW, _, _ = windows_of(trunk)
-    batch, head = Batch(ids_BN, torch.rand(ids_BN.shape) < 0.3), random_head(trunk)
+    order, head = Order.from_visible(torch.rand(ids_BN.shape) < 0.3), random_head(trunk)
     results = []
-    for rows_per_pass in (1, 4):
-        config = replace(head_run, optimizer=replace(head_run.optimizer, rows_per_pass=rows_per_pass))
+    for size in (1, len(ids_BN)):
         head.zero_grad()
-        measured = accumulate_head_gradients(trunk, head, batch, uniform_BW, 10, config)
+        measured = dict.fromkeys(("loss", "kl", "total_variation"), 0.0)
+        for first in range(0, len(ids_BN), size):
+            part = slice(first, first + size)
+            losses = head_losses(trunk, head, ids_BN[part], order.of(part), uniform_BW[part], 10, head_run.windows)
+            losses["loss"].backward()
+            measured = {key: value + losses[key].item() for key, value in measured.items()}
         results.append((measured, [p.grad.clone() for p in head.parameters()]))
     (one, one_grad), (all_, all_grad) = results
     assert one == pytest.approx(all_, rel=1e-5) and one["loss"] == pytest.approx(
         (one["kl"] + one["total_variation"]) / 2
     )
-    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(one_grad, all_grad, strict=True))
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(one_grad, all_grad, strict=True))
     assert all(g.abs().max() > 0 for g in one_grad)
 
 

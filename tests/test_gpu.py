@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import make_model, random_batch, with_random_head
 from safetensors.torch import load_file
-from test_train import small_run, train_in_two_parts, write_text
+from test_train import small_run, stop_before, write_text
 
 from asarm import SamplerConfig, joint_log_prob, sample
 from asarm.evals.config import SpeculativeConfig
@@ -40,6 +40,9 @@ def test_the_main_job_runs(dtype, tmp_path):
 def test_a_resumed_training_run_draws_the_same_dropout(tmp_path, monkeypatch):
     text = write_text(tmp_path / "text.jsonl")
     whole = train(small_run(text, tmp_path / "whole"))
-    parts = train_in_two_parts(small_run(text, tmp_path / "parts"), monkeypatch)
+    stop_before(8, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        train(small_run(text, tmp_path / "parts"))
+    parts = train(small_run(text, tmp_path / "parts", resume="must"))
     first, second = (load_file(folder / "model.safetensors") for folder in (whole, parts))
     assert all(torch.allclose(first[key], second[key], atol=1e-5) for key in first)

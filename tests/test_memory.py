@@ -12,10 +12,10 @@ MEASURE = """
 import sys, threading, time, psutil, torch
 sys.path.insert(0, {tests!r})
 from conftest import make_model, random_batch
-from asarm.train.config import MaskingConfig
 from asarm.density import PROJECTION_ROWS, conditional_log_probs
 from asarm.memory import call_bytes, training_bytes
-from asarm.train.objective import Batch, accumulate_gradients
+from asarm.train.config import ObjectiveConfig
+from asarm.train.objective import Batch, Objective
 B, N, kind = {batch}, {length}, {kind!r}
 model = make_model(vocab_size=8000, d_model=128, n_head=4, d_inner=512, n_layer=4, spread=0.02)
 ids_BN, order = random_batch(8000, B, N)
@@ -36,7 +36,11 @@ if kind == "density":
     conditional_log_probs(model, ids_BN, order)
     estimate = call_bytes(model, B, N, 2 * N, min(PROJECTION_ROWS, B * N))
 else:
-    accumulate_gradients(model.train(), Batch(ids_BN, ~order.target_BN), B, kind)
+    ones_B = torch.ones(B)
+    batch = Batch(ones_B, ids_BN, order, order.n_visible_B, ones_B)
+    with torch.autocast("cpu", torch.bfloat16, enabled=kind == "bf16"):
+        loss = Objective(model.train(), ObjectiveConfig())(batch)
+    loss.backward()
     estimate = training_bytes(model, B, N) - 3 * weights  # the weights are there already, the optimiser is not
 done = True
 thread.join()

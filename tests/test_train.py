@@ -1,7 +1,8 @@
 """Training: the objective against a slow loop, exact resume, and a real process killed."""
 
+import itertools
 import json
-import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,31 +10,37 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from conftest import make_model
 from safetensors.torch import load_file
+from scipy.stats import kstest
+from transformers import XLNetLMHeadModel
 
-from asarm import AnySubsetLM, Order, TextTokenizer, joint_log_prob
+from asarm import AnySubsetLM, TextTokenizer, joint_log_prob
 from asarm.config import DataConfig
-from asarm.data.packing import PackedRows
-from asarm.data.sources import Document
 from asarm.errors import (
     EXIT_STOPPED,
     CheckpointMismatchError,
     ConfigError,
     DataFileError,
+    DiskSpaceError,
+    DivergedError,
     MemoryBudgetError,
     OutputDirError,
 )
+from asarm.evals.config import ScoreConfig
+from asarm.evals.likelihood import held_out_likelihood
 from asarm.train import loop
-from asarm.train.checkpoint import checkpoints
-from asarm.train.config import MaskingConfig, OptimizerConfig, TrainConfig
+from asarm.train.checkpoint import checkpoints, load_checkpoint, newest_valid
+from asarm.train.config import MaskingConfig, ObjectiveConfig, OptimizerConfig, TrainConfig, ValidationConfig
 from asarm.train.loop import train
-from asarm.train.objective import accumulate_gradients, step_batch
-from asarm.train.schedule import lr_factor, masking_range
+from asarm.train.objective import Batch, Objective, make_batch
+from asarm.train.schedule import lr_factor, masking_range, masking_rates
 
+NO_DROPOUT = {"d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 16, "dropout": 0.0}
 SENTENCES = ["The cat sat on the mat.", "A dog ran to the park.", "The sun was warm.", "She gave him a red apple."]
 
 
@@ -59,7 +66,7 @@ def small_run(text_file, out, steps=12, **changes) -> TrainConfig:
     return TrainConfig(
         output_dir=str(out),
         tokenizer="tiny-english",
-        architecture={"d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 16, "dropout": 0.1},
+        architecture=changes.pop("architecture", NO_DROPOUT | {"dropout": 0.1}),
         data=DataConfig(files=[str(text_file)], max_length=16),
         masking=MaskingConfig(0.15, 0.15, 0.3, 0.9, warmup_steps=4),
         optimizer=OptimizerConfig(**optimizer | changes.pop("optimizer", {})),
@@ -84,33 +91,153 @@ def test_schedules():
     assert masking_range(99_999, m) == pytest.approx((0.85, 0.99))
 
 
+def some_batch(n_rows=6, length=12, step=3, masking=None, objective=None, seed=1) -> Batch:
+    ids = np.random.default_rng(0).integers(7, 100, (n_rows, length))
+    masking = masking or MaskingConfig(0.2, 0.9, 0.2, 0.9, 0)
+    indices = list(range(step * n_rows, (step + 1) * n_rows))
+    return make_batch(ids, indices, step, n_rows, masking, objective or ObjectiveConfig(), seed)
+
+
+def gradients(objective: Objective, parts) -> tuple[float, dict[str, torch.Tensor]]:
+    """The loss summed over the parts, and its gradient."""
+    objective.zero_grad()
+    losses = [objective(part) for part in parts]
+    sum(losses).backward()
+    return sum(losses).item(), {n: p.grad.clone() for n, p in objective.named_parameters() if p.grad is not None}
+
+
 @pytest.mark.parametrize("rows_per_pass", [1, 3, 6])
 def test_loss_and_gradient_equal_a_slow_loop_however_the_batch_is_split(rows_per_pass):
-    tokenizer = TextTokenizer.from_pretrained("tiny-english")
-    rows = PackedRows([Document(" ".join(SENTENCES))] * 8, tokenizer, 12, seed=0)
-    model = make_model(vocab_size=len(tokenizer), mask_token_id=6, spread=0.1).train()
-    batch = step_batch(rows, 3, 6, MaskingConfig(0.2, 0.9, 0.2, 0.9, 0), seed=1)
-    mean = accumulate_gradients(model, batch, rows_per_pass, "fp32")
-    split = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
+    batch, model = some_batch(), make_model(vocab_size=100, mask_token_id=6, spread=0.1).train()
+    objective = Objective(model, ObjectiveConfig())
+    total, split = gradients(objective, batch.parts(rows_per_pass))
     slow = -sum(
-        joint_log_prob(model, batch.ids_BN[b : b + 1], Order.from_visible(batch.visible_BN[b : b + 1])).item()
-        for b in range(6)
+        joint_log_prob(model, batch.ids_BN[b : b + 1], batch.order.of(slice(b, b + 1))).item() for b in range(6)
     )
-    assert mean == pytest.approx(slow / int((~batch.visible_BN).sum()), rel=1e-5)
-    model.zero_grad()
-    accumulate_gradients(model, batch, 6, "fp32")
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            assert torch.allclose(parameter.grad, split[name], atol=1e-6), name
+    assert total == pytest.approx(slow, rel=1e-5)
+    whole = gradients(objective, [batch])[1]
+    for name, gradient in whole.items():
+        assert torch.allclose(gradient, split[name], atol=1e-5), name
 
 
-def test_masking_rates_stay_in_range_and_differ_between_rows():
-    tokenizer = TextTokenizer.from_pretrained("tiny-english")
-    rows = PackedRows([Document(" ".join(SENTENCES))] * 30, tokenizer, 100, seed=0)
-    masked_B = (~step_batch(rows, 0, 16, MaskingConfig(0.2, 0.4, 0.2, 0.4, 0), seed=1).visible_BN).sum(1)
-    assert masked_B.min() >= 20 and masked_B.max() <= 40 and len(masked_B.unique()) > 5
-    assert masked_B.tolist() == sorted(masked_B.tolist(), reverse=True)  # like with like
+def test_gradient_checkpointing_changes_nothing():
+    batch, model = some_batch(), make_model(vocab_size=100, mask_token_id=6, spread=0.1, dropout=0.1).train()
+    objective, results = Objective(model, ObjectiveConfig()), []
+    for enable in (False, True):
+        if enable:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        torch.manual_seed(0)
+        results.append(gradients(objective, [batch]))
+    (plain, plain_grads), (checkpointed, grads) = results
+    assert plain == checkpointed
+    assert all(torch.equal(plain_grads[name], grads[name]) for name in plain_grads)
+
+
+def hugging_face_loss(model: AnySubsetLM, batch: Batch, attention: str | None) -> float:
+    """The paper's masks, row by row and slot by slot: the parallel objective's with one of its prompt attentions, or
+    with None the joint one's."""
+    theirs = XLNetLMHeadModel(model.config).eval()
+    theirs.load_state_dict(model.state_dict())
+    total, (B, N) = 0.0, batch.ids_BN.shape
+    for b in range(B):
+        order, settled = batch.order.order_BN[b].tolist(), int(batch.settled_B[b])
+        n_prompt = int(
+            batch.order.n_visible_B[b]
+        )  # differs from the prompt's own length where all or none see it whole
+        may = torch.zeros(N, N, dtype=torch.bool)
+        for i, j in itertools.product(range(N), range(N)):
+            if attention is not None and i >= settled:
+                may[order[i], order[j]] = j < settled
+            elif attention == "causal":
+                may[order[i], order[j]] = j < i
+            elif attention == "prompt_and_decoded":
+                may[order[i], order[j]] = j < settled
+            else:
+                may[order[i], order[j]] = j < i or (i < n_prompt and j < n_prompt)
+        targets = order[settled:]
+        mapping = torch.eye(N)[None, targets]
+        logits = theirs(batch.ids_BN[b : b + 1], perm_mask=(~may)[None].float(), target_mapping=mapping).logits[0]
+        logp = logits.log_softmax(-1).gather(1, batch.ids_BN[b, targets, None])
+        total -= float(batch.weight_B[b] * logp.sum())
+    return total
+
+
+@pytest.mark.parametrize("attention", [None, "prompt_and_decoded", "prompt_only", "causal"])
+@pytest.mark.parametrize("loss_scale", ["none", "snr"])
+def test_objectives_equal_hugging_face_with_the_papers_masks(attention, loss_scale):
+    """Masking rates low enough that every target sees something: where nothing is seen, Hugging Face sees all."""
+    name = {} if attention is None else {"name": "parallel", "prompt_attention": attention}
+    config = ObjectiveConfig(**name, loss_scale=loss_scale)
+    batch = some_batch(masking=MaskingConfig(0.2, 0.7, 0.2, 0.7, 0, any_permutation_fraction=0.5), objective=config)
+    model = make_model(vocab_size=100, mask_token_id=6, spread=0.3)
+    expected = hugging_face_loss(model, batch, attention)
+    assert Objective(model, config)(batch).item() == pytest.approx(expected, rel=1e-5)
+    plain = some_batch(masking=MaskingConfig(0.2, 0.7, 0.2, 0.7, 0, any_permutation_fraction=0.5))
+    if attention is not None:
+        assert Objective(model, ObjectiveConfig())(plain).item() != pytest.approx(expected, rel=1e-3)
+
+
+def test_the_parallel_objective_has_tokens_decoded_after_the_prompt():
+    objective = ObjectiveConfig("parallel", "prompt_only")
+    batch = some_batch(n_rows=200, length=50, objective=objective)
+    decoded_B = batch.settled_B - batch.order.n_visible_B
+    assert decoded_B.min() >= 0 and (decoded_B > 5).sum() > 50
+    assert batch.settled_B.tolist() == some_batch(n_rows=200, length=50).settled_B.tolist()
+    for name, whole_B in (("causal", 0 * batch.settled_B), ("prompt_and_decoded", batch.settled_B)):
+        other = some_batch(n_rows=200, length=50, objective=ObjectiveConfig("parallel", name))
+        assert other.order.n_visible_B.tolist() == whole_B.tolist()
+        assert torch.equal(other.order.order_BN, batch.order.order_BN)
+
+
+def test_loss_scales():
+    rates = {}
+    for scale in ("none", "masking_rate", "snr"):
+        batch = some_batch(length=1000, objective=ObjectiveConfig(loss_scale=scale))
+        rates[scale] = batch.weight_B
+        masked_B = batch.n_targets and (1000 - batch.settled_B) / 1000
+    assert rates["none"].eq(1).all()
+    assert torch.allclose(rates["masking_rate"], masked_B.double(), atol=1e-3)
+    assert torch.allclose(rates["snr"] / (1 + rates["snr"]), masked_B.double(), atol=1e-3)
+
+
+def test_orders_are_a_mixture_as_asked():
+    masking = MaskingConfig(0.3, 0.5, 0.3, 0.5, 0, left_to_right_fraction=0.25, any_permutation_fraction=0.5)
+    batch = some_batch(n_rows=800, length=40, masking=masking)
+    order_BN, n_B = batch.order.order_BN, batch.order.n_visible_B
+    prefix = sum(order_BN[b, :n].tolist() == list(range(n)) for b, n in enumerate(n_B.tolist()))
+    ascending = sum(order_BN[b, n:].diff().min() > 0 for b, n in enumerate(n_B.tolist()))
+    # binomial: six standard deviations either side
+    assert abs(prefix - 200) < 6 * (800 * 0.25 * 0.75) ** 0.5 and abs(ascending - 400) < 6 * (800 / 4) ** 0.5
+    assert all(order_BN[b, :n].diff().gt(0).all() for b, n in enumerate(n_B.tolist())), "a prompt is in ascending order"
+
+
+def test_masking_rates_are_one_in_each_part_of_the_range():
+    config = MaskingConfig(0.2, 0.4, 0.2, 0.4, 0)
+    means = []
+    for step in range(200):
+        rates = masking_rates(step, 16, config, seed=1)
+        strata = np.sort(np.floor((rates - 0.2) / 0.2 * 16 - (rates.min() - 0.2) / 0.2 * 16 + 1e-6))
+        assert strata.tolist() == list(range(16))
+        assert rates.min() >= 0.2 and rates.max() < 0.4
+        means.append(rates.mean())
+    independent = 0.2 / 12**0.5 / 4  # standard deviation of the mean of 16 independent rates
+    assert np.std(means) < independent / 4
+    first = np.array([masking_rates(step, 16, config, seed=1)[0] for step in range(400)])
+    assert kstest((first - 0.2) / 0.2, "uniform").pvalue > 1e-6  # false alarm: once in a million seeds
+
+
+def test_a_process_makes_its_share_of_the_batch():
+    """Rows, orders, rates and weights are those of the whole batch, whoever makes them."""
+    ids = np.random.default_rng(0).integers(7, 100, (6, 12))
+    arguments = (3, 6, MaskingConfig(0.2, 0.9, 0.2, 0.9, 0, span_fraction=0.5), ObjectiveConfig(loss_scale="snr"), 1)
+    whole = make_batch(ids, list(range(18, 24)), *arguments)
+    for rank in range(2):
+        share = make_batch(ids[rank::2], list(range(18 + rank, 24, 2)), *arguments)
+        of_whole = whole.of(torch.tensor([whole.index_B.tolist().index(i) for i in share.index_B.tolist()]))
+        for name in ("ids_BN", "settled_B", "weight_B"):
+            assert torch.equal(getattr(share, name), getattr(of_whole, name))
+        assert torch.equal(share.order.order_BN, of_whole.order.order_BN)
+    assert whole.settled_B.tolist() == sorted(whole.settled_B.tolist()), "like with like"
 
 
 def test_training_learns_and_the_final_checkpoint_loads(text_file, tmp_path):
@@ -126,74 +253,54 @@ def test_training_learns_and_the_final_checkpoint_loads(text_file, tmp_path):
     assert saved["optimizer"]["steps"] == 60 and saved["seed"] == 0
 
 
-def train_in_two_parts(config: TrainConfig, monkeypatch) -> Path:
-    """A run that is interrupted after eight steps and resumed; returns the final folder."""
-    original = loop.accumulate_gradients
-    out = Path(config.output_dir)
+def stop_before(step: int, monkeypatch) -> None:
+    """Let the next run end as if it were interrupted when a step begins."""
+    original = loop.make_batch
 
-    def stop_at_eight(*arguments):
-        if (out / "metrics.jsonl").exists() and len(losses(out)) == 8:
+    def interrupted(rows_BN, indices, now, *arguments):
+        if now == step:
+            monkeypatch.setattr(loop, "make_batch", original)
             raise KeyboardInterrupt
-        return original(*arguments)
+        return original(rows_BN, indices, now, *arguments)
 
-    monkeypatch.setattr(loop, "accumulate_gradients", stop_at_eight)
+    monkeypatch.setattr(loop, "make_batch", interrupted)
+
+
+@pytest.mark.parametrize("stop_at", [2, 8])  # before the first checkpoint and after it
+def test_resume_equals_an_uninterrupted_run_bit_for_bit(text_file, tmp_path, monkeypatch, stop_at):
+    """Dropout is on, and weights are averaged."""
+    changes = {"optimizer": {"ema_decay": 0.8}}
+    whole = train(small_run(text_file, tmp_path / "whole", **changes))
+    config = small_run(text_file, tmp_path / "parts", resume="auto", **changes)
+    stop_before(stop_at, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         train(config)
-    monkeypatch.setattr(loop, "accumulate_gradients", original)
-    return train(replace(config, resume="must"))
-
-
-def test_resume_equals_an_uninterrupted_run_bit_for_bit(text_file, tmp_path, monkeypatch):
-    """Dropout is on, so the random state has to come back as well."""
-    whole = train(small_run(text_file, tmp_path / "whole"))
-    parts = train_in_two_parts(small_run(text_file, tmp_path / "parts"), monkeypatch)
+    parts = train(config)
     first, second = (load_file(folder / "model.safetensors") for folder in (whole, parts))
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole"), "steps that were run again are logged once"
 
 
-def test_a_killed_process_leaves_whole_checkpoints_and_goes_on(text_file, tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "asarm",
-        "train",
-        "--output_dir",
-        str(tmp_path / "run"),
-        "--tokenizer",
-        "tiny-english",
-    ]
-    command += ["--architecture", '{"d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 16, "dropout": 0.0}']
-    command += [
-        "--data.files",
-        f"['{text_file}']",
-        "--data.max_length",
-        "16",
-        "--checkpoint_every",
-        "5",
-        "--optimizer.steps",
-        "400",
-    ]
-    command += ["--optimizer.rows_per_step", "2", "--optimizer.rows_per_pass", "2", "--num_threads", "1"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    folder = tmp_path / "run" / "checkpoints"
-    deadline = time.monotonic() + 120
-    while len(checkpoints(folder)) < 2 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    saved = checkpoints(folder)
-    assert len(saved) >= 2
-    for path in saved:
-        assert torch.load(path / "state.pt", weights_only=True)["step"] == int(path.name.removeprefix("step-"))
-    reached = int(saved[-1].name.removeprefix("step-"))
-    refused = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert refused.returncode == 2 and "--resume" in refused.stderr
-    done = subprocess.run([*command, "--resume"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "run" / "provenance.json").read_text())["first_step"] >= reached
-    assert (tmp_path / "run" / "final" / "model.safetensors").is_file()
-    assert len(checkpoints(folder)) == 2, "old checkpoints are pruned"
+def test_five_kills_in_one_run_leave_whole_checkpoints_and_the_same_weights(text_file, tmp_path):
+    words = ("--optimizer.steps", "120", "--checkpoint_every", "2", "--log_every", "1", "--resume", "auto")
+    assert subprocess.run(train_command(text_file, tmp_path / "whole", *words), check=False).returncode == 0
+    command, folder = train_command(text_file, tmp_path / "run", *words), tmp_path / "run" / "checkpoints"
+    rng, log = np.random.default_rng(0), tmp_path / "run" / "metrics.jsonl"
+    for kill in range(5):
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        target = kill * 20 + int(rng.integers(5, 20))
+        while process.poll() is None and not (log.exists() and log.read_bytes().count(b"\n") >= target):
+            time.sleep(0.001)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        for path in checkpoints(folder):
+            assert newest_valid(folder) == checkpoints(folder)[-1], "no warning: none is damaged"
+            assert load_checkpoint(path)["step"] == int(path.name.removeprefix("step-"))
+    assert subprocess.run(command, check=False, stderr=subprocess.DEVNULL).returncode == 0
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    first, second = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("whole", "run"))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert [p.name for p in folder.iterdir()] == [p.name for p in checkpoints(folder)], "nothing half-written is left"
 
 
 def test_fine_tuning_starts_from_the_given_weights(text_file, tmp_path):
@@ -217,6 +324,18 @@ def test_fine_tuning_starts_from_the_given_weights(text_file, tmp_path):
             "multiple of rows_per_pass",
         ),
         (lambda c: replace(c, masking=replace(c.masking, final_low=0.95)), ConfigError, "inside"),
+        (lambda c: replace(c, masking=replace(c.masking, final_high=1.0)), ConfigError, "inside"),
+        (
+            lambda c: replace(c, masking=replace(c.masking, span_fraction=0.6, left_to_right_fraction=0.6)),
+            ConfigError,
+            "1.2",
+        ),
+        (lambda c: replace(c, objective=ObjectiveConfig("mlm")), ConfigError, "objective.name.*joint, parallel.*'mlm'"),
+        (lambda c: replace(c, objective=ObjectiveConfig(prompt_attention="all")), ConfigError, "prompt_attention"),
+        (lambda c: replace(c, objective=ObjectiveConfig(loss_scale="rate")), ConfigError, "loss_scale.*'rate'"),
+        (lambda c: replace(c, validation=ValidationConfig(file="nowhere.txt")), DataFileError, "nowhere.txt"),
+        (lambda c: replace(c, resume="yes"), ConfigError, "never, auto, must, got 'yes'"),
+        (lambda c: replace(c, fsdp=True, optimizer=replace(c.optimizer, ema_decay=0.9)), ConfigError, "with fsdp"),
         (lambda c: replace(c, architecture={"d_modle": 64}), ConfigError, "d_modle"),
         (lambda c: replace(c, architecture={"d_model": 30, "n_head": 4}), ConfigError, "n_head"),
         (lambda c: replace(c, architecture={"vocab_size": 100}), CheckpointMismatchError, "8192 pieces"),
@@ -233,8 +352,96 @@ def test_errors_before_the_first_step(text_file, tmp_path, change, error, messag
 
 def test_resuming_with_other_settings_names_them(text_file, tmp_path):
     train(small_run(text_file, tmp_path / "run", steps=5))
-    with pytest.raises(ConfigError, match="optimizer"):
-        train(small_run(text_file, tmp_path / "run", steps=9, resume="must"))
+    other = small_run(text_file, tmp_path / "run", steps=9, resume="auto", optimizer={"lr": 1.0})
+    with pytest.raises(ConfigError, match=r"optimizer.lr: 0.003 there, 1.0 now, optimizer.steps: 5 there, 9 now\)"):
+        train(other)
+    train(small_run(text_file, tmp_path / "run", steps=5, resume="must", optimizer={"rows_per_pass": 4}))
+
+
+def test_no_room_for_the_checkpoints_is_an_error_before_the_first_step(text_file, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2**20))
+    with pytest.raises(DiskSpaceError, match=r"0.000977 GiB is free.*--keep_checkpoints"):
+        train(small_run(text_file, tmp_path / "run"))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def with_nan(steps: set[int], monkeypatch) -> None:
+    """Make the loss of some steps not a number."""
+    original = loop.make_batch
+
+    def spoilt(rows_BN, indices, step, *arguments):
+        batch = original(rows_BN, indices, step, *arguments)
+        return replace(batch, weight_B=batch.weight_B * (float("nan") if step in steps else 1))
+
+    monkeypatch.setattr(loop, "make_batch", spoilt)
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_and_counted(text_file, tmp_path, monkeypatch):
+    with_nan({3, 6}, monkeypatch)
+    run = small_run(text_file, tmp_path / "run", checkpoint_every=1, keep_checkpoints=20)
+    with pytest.warns(UserWarning, match="step 4 is skipped: loss nan"):
+        train(run)
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [r["skipped_steps"] for r in records] == [0] * 3 + [1] * 3 + [2] * 6
+    assert [r["step"] for r in records if r["loss"] is None] == [4, 7]
+    saved = [load_checkpoint(path) for path in checkpoints(tmp_path / "run" / "checkpoints")]
+    moved = [
+        not all(torch.equal(a["model"][key], b["model"][key]) for key in a["model"])
+        for a, b in itertools.pairwise(saved)
+    ]
+    assert moved == [step not in (4, 7) for step in range(2, 13)]
+
+
+def test_training_stops_when_nothing_is_finite_any_more(text_file, tmp_path, monkeypatch):
+    with_nan(set(range(4, 100)), monkeypatch)
+    run = small_run(text_file, tmp_path / "run", optimizer={"max_skipped_steps": 3})
+    with (
+        pytest.raises(DivergedError, match="3 steps in a row, up to step 7"),
+        pytest.warns(UserWarning, match="skipped"),
+    ):
+        train(run)
+
+
+def test_validation_measures_and_leaves_training_alone(text_file, tmp_path):
+    """With dropout on; the last measurement equals that of the final checkpoint by the command for it."""
+    validation = ValidationConfig(file=str(text_file), rows=6, masked_fractions=[0.5], generations=2, every=5)
+    final = train(small_run(text_file, tmp_path / "with", validation=validation))
+    train(small_run(text_file, tmp_path / "without"))
+    assert losses(tmp_path / "with") == losses(tmp_path / "without")
+    records = [json.loads(line) for line in (tmp_path / "with" / "validation.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records] == [5, 10, 12]
+    assert all(0 < r["nfe_per_token"] <= 1 and r["entropy"] > 0 for r in records)
+    score = ScoreConfig(
+        model=str(final), data_file=str(text_file), num_sequences=6, max_length=16, masked_fractions=[0.5]
+    )
+    assert records[-1]["nll_0.5"] == pytest.approx(held_out_likelihood(score)["likelihood"][0]["nll_per_token"])
+    assert records[-1]["nll_0.5"] < records[0]["nll_0.5"]
+
+
+def test_the_average_of_the_weights_is_what_is_kept(text_file, tmp_path):
+    run = small_run(text_file, tmp_path / "run", steps=6, checkpoint_every=1, keep_checkpoints=9)
+    final = load_file(train(replace(run, optimizer=replace(run.optimizer, ema_decay=0.7))) / "model.safetensors")
+    saved = [load_checkpoint(path)["model"] for path in checkpoints(tmp_path / "run" / "checkpoints")]
+    for key, value in final.items():
+        average = saved[0][f"model.{key}"]
+        for state in saved[1:]:
+            average = 0.7 * average + 0.3 * state[f"model.{key}"]
+        assert torch.allclose(value, average, atol=1e-6), key
+
+
+def test_compiled_layers_train_the_same(text_file, tmp_path):
+    runs = [small_run(text_file, tmp_path / str(c), steps=3, compile=c, architecture=NO_DROPOUT) for c in (False, True)]
+    for run in runs:
+        train(run)
+    assert losses(tmp_path / "True") == pytest.approx(losses(tmp_path / "False"), rel=1e-4)
+
+
+def test_wandb_offline(text_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    train(small_run(text_file, tmp_path / "run", steps=2, wandb="asarm-test"))
+    (log,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
+    assert b"masking_low" in log.read_bytes()
 
 
 def train_command(text_file, out, *words) -> list[str]:

@@ -78,3 +78,36 @@ class BenchDecodeConfig:
 
     def sampler_config(self, name: str, compile: bool = False) -> SamplerConfig:
         return SamplerConfig.named(name, k=self.k, compile=compile)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchTrainConfig:
+    """Time a training step against Hugging Face's XLNet on the same batch.
+
+    Args:
+        size: xlnet-base or xlnet-large (random weights).
+        length: positions of a row.
+        batch_size: rows in a step.
+        masked_fraction: share of a row's tokens that is predicted.
+        dtypes: float32, bfloat16 (autocast).
+        repeats: timed steps; the median counts.
+        num_threads: CPU threads (default: all).
+        seed: of weights, tokens and masks.
+    """
+
+    size: str = "xlnet-base"
+    length: int = 512
+    batch_size: int = 1
+    masked_fraction: float = 0.92
+    dtypes: list[str] = field(default_factory=lambda: ["float32", "bfloat16"], metadata=WORDS)
+    repeats: int = 5
+    num_threads: int | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        require(self.size in ARCHITECTURES, "size", self.size, f"one of {', '.join(ARCHITECTURES)}")
+        require(0 < self.masked_fraction < 1, "masked_fraction", self.masked_fraction, "in (0, 1)")
+        for name, least in (("length", 2), ("batch_size", 1), ("repeats", 1)):
+            require(getattr(self, name) >= least, name, getattr(self, name), f"at least {least}")
+        for dtype in self.dtypes:
+            require(dtype in ("float32", "bfloat16"), "dtypes", dtype, "float32 or bfloat16")

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
@@ -31,7 +32,12 @@ def _measure(config: BenchDecodeConfig, device: torch.device, dtype: str) -> dic
         for point in (0.05, POINTS[-1]):  # a short prompt and a long one
             round_seconds(config, model, "assd", 1, point)
 
-    return {"weights": weights, "peak": _cuda_peak(decode) if device.type == "cuda" else _process_peak(decode)}
+    return {"weights": weights, "peak": peak_bytes(decode, device)}
+
+
+def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
+    """The most memory that ``work`` takes at a time on top of what this process has already."""
+    return _cuda_peak(work) if device.type == "cuda" else _process_peak(work)
 
 
 def _cuda_peak(work) -> int:

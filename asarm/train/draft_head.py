@@ -107,10 +107,16 @@ def n_learnt(rows: Rows) -> int:
 
 
 def head_losses(
-    model: AnySubsetLM, head: torch.nn.Module, batch: Batch, uniform_BW: torch.Tensor, step: int, windows: WindowConfig
+    model: AnySubsetLM,
+    head: torch.nn.Module,
+    ids_BN: torch.Tensor,
+    order: Order,
+    uniform_BW: torch.Tensor,
+    step: int,
+    windows: WindowConfig,
 ) -> dict[str, torch.Tensor]:
     """Sums over the drafted ranks of KL(teacher, draft), of their total variation, and of the loss between the two."""
-    made = make_windows(model, batch.ids_BN, batch.order, uniform_BW, windows.k)
+    made = make_windows(model, ids_BN, order, uniform_BW, windows.k)
     kl_XK, tv_XK = divergences(made.teacher_logits_XKV, made.draft_logits(head), model.mask_token_id)
     kl, tv = kl_XK[made.learnt_XK].sum(), tv_XK[made.learnt_XK].sum()
     kl_weight = max(0.0, 1 - step / windows.kl_steps)
@@ -188,7 +194,8 @@ def train_draft_head(config: TrainHeadConfig) -> Path:
         n_global = accelerator.reduce(counted, "sum").clamp(min=1)
 
         def losses(part: tuple[Batch, torch.Tensor]) -> dict[str, torch.Tensor]:
-            sums = head_losses(model, trainer.wrapped, *part, step, config.windows)
+            rows, uniform_PW = part
+            sums = head_losses(model, trainer.wrapped, rows.ids_BN, rows.order, uniform_PW, step, config.windows)
             return {key: value / n_global for key, value in sums.items()}
 
         parts = zip(batch.parts(o.rows_per_pass), uniform_BW.split(o.rows_per_pass), strict=True)

@@ -1,0 +1,147 @@
+"""``python -m asarm bench train``: an optimiser step of this program and of Hugging Face's XLNet on the same batch.
+
+Both start from the same weights and predict the same targets under the same masks (permutation language modelling
+through ``perm_mask`` and ``target_mapping``, as the paper's code does), without dropout; the losses say that it is the
+same work. Each is measured in a process of its own: the most memory that weights, optimiser and two steps take, then
+the median time of a step.
+"""
+
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from multiprocessing import get_context
+
+import numpy as np
+import torch
+from transformers import XLNetConfig, XLNetLMHeadModel
+
+from ..model import AnySubsetLM
+from ..orders import may_attend
+from ..runlog import provenance
+from ..train.config import MaskingConfig, ObjectiveConfig, OptimizerConfig
+from ..train.objective import Batch, Objective, make_batch
+from ..train.trainer import build_optimizer
+from .clock import median_seconds
+from .config import ARCHITECTURES, BenchTrainConfig
+from .memory import peak_bytes
+
+OURS, THEIRS = "asarm", "Hugging Face XLNet"
+
+
+def bench(config: BenchTrainConfig) -> dict:
+    """Everything, in one run; returns what the last line of the output holds."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        torch.manual_seed(config.seed)
+        AnySubsetLM(XLNetConfig(**ARCHITECTURES[config.size], dropout=0.0, mem_len=None)).save_pretrained(folder)
+        for dtype in config.dtypes:
+            for system in (THEIRS, OURS):
+                with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+                    measured = pool.submit(_measure, config, folder, system, dtype).result()
+                rows.append({"dtype": dtype, "system": system} | measured)
+    seconds = {(row["dtype"], row["system"]): row["step_seconds"] for row in rows}
+    faster = {dtype: seconds[dtype, THEIRS] / seconds[dtype, OURS] for dtype in config.dtypes}
+    if {"float32", "bfloat16"} <= set(config.dtypes):
+        faster["bfloat16 against float32 Hugging Face"] = seconds["float32", THEIRS] / seconds["bfloat16", OURS]
+    return {"config": asdict(config), "rows": rows, "times_faster": faster, "provenance": provenance()}
+
+
+def _measure(config: BenchTrainConfig, folder: str, system: str, dtype: str) -> dict[str, float]:
+    if config.num_threads:
+        torch.set_num_threads(config.num_threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    batch = batch_of(config)
+    made = []
+
+    def begin() -> None:
+        make = our_step if system == OURS else their_step
+        made.append(make(folder, batch.to(device), torch.bfloat16 if dtype == "bfloat16" else torch.float32))
+        made.extend([made[0](), made[0]()])
+
+    peak = peak_bytes(begin, device)
+    step, first_loss, second_loss = made
+    seconds = median_seconds(step, device, config.repeats)
+    tokens = config.batch_size * config.length / seconds
+    return {"step_seconds": seconds, "tokens_per_second": tokens, "peak": peak, "losses": [first_loss, second_loss]}
+
+
+def batch_of(config: BenchTrainConfig) -> Batch:
+    """Random tokens, ``masked_fraction`` of each row predicted."""
+    rng, vocab_size = np.random.default_rng(config.seed), ARCHITECTURES[config.size]["vocab_size"]
+    ids_BN = rng.integers(10, vocab_size, (config.batch_size, config.length))
+    fraction = config.masked_fraction
+    masking = MaskingConfig(fraction, fraction, fraction, fraction, 0)
+    return make_batch(
+        ids_BN, list(range(config.batch_size)), 0, config.batch_size, masking, ObjectiveConfig(), config.seed
+    )
+
+
+def our_step(folder: str, batch: Batch, dtype: torch.dtype):
+    """An optimiser step, as the training loop makes it; returns the loss."""
+    objective = Objective(AnySubsetLM.from_pretrained(folder).to(batch.ids_BN.device).train(), ObjectiveConfig())
+    return optimiser_step(
+        objective, build_optimizer(objective, OptimizerConfig()), lambda: objective(batch) / batch.n_targets, dtype
+    )
+
+
+def their_step(folder: str, batch: Batch, dtype: torch.dtype):
+    """The same with ``XLNetLMHeadModel`` and plain AdamW, as the paper's code makes it."""
+    device = batch.ids_BN.device
+    model = XLNetLMHeadModel.from_pretrained(folder, dtype=torch.float32).to(device).train()
+    arguments = hugging_face_arguments(batch)
+
+    def loss() -> torch.Tensor:
+        return model(**arguments, use_mems=False).loss
+
+    return optimiser_step(model, torch.optim.AdamW(model.parameters(), lr=1e-5), loss, dtype)
+
+
+def hugging_face_arguments(batch: Batch) -> dict[str, torch.Tensor]:
+    """The batch of a joint objective as ``XLNetLMHeadModel`` takes it; its rows have equally many targets."""
+    order, N = batch.order, batch.ids_BN.shape[1]
+    n_targets = N - int(batch.settled_B[0])
+    target_BT = order.order_BN[:, -n_targets:]
+    # both streams have this mask; a content row sees itself as well
+    in_prompt_BN = order.rank_BN < order.n_visible_B[:, None]
+    limit_BN = torch.where(in_prompt_BN, order.n_visible_B[:, None], order.rank_BN)
+    return {
+        "input_ids": batch.ids_BN,
+        "perm_mask": (~may_attend(order.rank_BN, limit_BN)).float(),
+        "target_mapping": torch.nn.functional.one_hot(target_BT, N).float(),
+        "labels": batch.ids_BN.gather(1, target_BT),
+    }
+
+
+def optimiser_step(module: torch.nn.Module, optimizer: torch.optim.Optimizer, loss, dtype: torch.dtype):
+    """A function that takes one step on ``loss()``, clipped, and returns the loss before it."""
+    device = next(module.parameters()).device.type
+
+    def step() -> float:
+        with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            value = loss()
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return value.item()
+
+    return step
+
+
+def report(result: dict) -> str:
+    """The table, as Markdown."""
+    config = result["config"]
+    lines = [
+        f"{config['size']}, {config['batch_size']} x {config['length']} positions, {config['masked_fraction']:.0%} "
+        f"masked, {result['provenance']['device']}",
+        "",
+        "| dtype | system | s/step | tokens/s | peak (MiB) | loss, two steps |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        losses = ", ".join(f"{loss:.4f}" for loss in row["losses"])
+        lines.append(
+            f"| {row['dtype']} | {row['system']} | {row['step_seconds']:.3f} | {row['tokens_per_second']:.0f} "
+            f"| {row['peak'] / 2**20:.0f} | {losses} |"
+        )
+    return "\n".join([*lines, "", *(f"{which}: {times:.2f} x" for which, times in result["times_faster"].items())])
