@@ -28,20 +28,24 @@ started=$SECONDS
 say() { printf '%4d s  %s\n' $((SECONDS - started)) "$*"; }
 
 clean_up() {
-    local status=$? pid
+    local status=$? file
     trap - EXIT
     if [ "$status" -ne 0 ]; then
         say "FAILED; the last lines of every log:"
         tail -n 30 "$work"/*.log
     fi
     scancel --user="$(id -un)" 2> /dev/null || :
-    wait_for 30 "no job" no_jobs || :
-    for pid in "$work"/*.pid; do kill "$(cat "$pid")" 2> /dev/null || :; done
-    sleep 2 # they remove their own files as they go
-    for pid in "$work"/*.pid; do [ ! -e "$pid" ] || kill -KILL "$(cat "$pid")" 2> /dev/null || :; done
+    wait_for 60 "no job" no_jobs || :
+    for file in "$work"/*.pid; do kill "$(cat "$file")" 2> /dev/null || :; done
+    export -n SLURM_CONF # by which the daemons and what they started are known
+    wait_for 20 "no daemon" no_processes || processes | xargs --no-run-if-empty kill -KILL || :
     rm -rf "$work"
+    say "daemons stopped, $work removed"
     exit "$status"
 }
+
+processes() { grep -lzs "^SLURM_CONF=$SLURM_CONF$" /proc/[0-9]*/environ | cut -d/ -f3; }
+no_processes() { [ -z "$(processes)" ]; }
 
 # wait_for SECONDS WHAT COMMAND...: until the command succeeds
 wait_for() {
@@ -62,10 +66,11 @@ check() {
 }
 
 start_slurm() {
-    local node
+    local host node
+    host=$(hostname -s) # the first node's name: the processes on both meet there
     cat > "$SLURM_CONF" << CONF
 ClusterName=asarm-smoke
-SlurmctldHost=$(hostname)(127.0.0.1)
+SlurmctldHost=$host(127.0.0.1)
 SlurmctldPort=17817
 SlurmUser=$(id -un)
 SlurmdUser=$(id -un)
@@ -82,6 +87,7 @@ TaskPlugin=task/none
 MpiDefault=none
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
+KillWait=20
 SwitchType=switch/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
@@ -91,8 +97,8 @@ SchedulerParameters=sched_interval=2,bf_interval=2
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal
-NodeName=$(hostname) NodeHostname=$(hostname) NodeAddr=127.0.0.1 Port=17818 CPUs=2 RealMemory=8000
-NodeName=second NodeHostname=$(hostname) NodeAddr=127.0.0.1 Port=17819 CPUs=2 RealMemory=8000
+NodeName=$host NodeHostname=$host NodeAddr=127.0.0.1 Port=17818 CPUs=2 RealMemory=8000
+NodeName=$host-2 NodeHostname=$host NodeAddr=127.0.0.1 Port=17819 CPUs=2 RealMemory=8000
 PartitionName=main Nodes=ALL Default=YES PriorityTier=1 GraceTime=60
 PartitionName=urgent Nodes=ALL PriorityTier=2
 CONF
@@ -102,7 +108,7 @@ CONF
     munged --force --key-file="$work/munge.key" --socket="$work/munge.socket" --pid-file="$work/munged.pid" \
         --log-file="$work/munged.log" --seed-file="$work/munge.seed" 2> "$work/munged.err.log"
     slurmctld
-    for node in "$(hostname)" second; do slurmd -N "$node"; done
+    for node in "$host" "$host-2"; do slurmd -N "$node"; done
     wait_for 30 "two idle nodes" nodes_are_idle
     say "$(slurmctld -V): $(sinfo --noheader --format='%D nodes %T')"
 }
@@ -152,7 +158,7 @@ straight() {
 preempt() {
     local name=$1 job urgent
     job=$(train "$@")
-    wait_for 120 "step 50 of job $job" reached "$name" 50
+    wait_for 120 "step 10 of job $job" reached "$name" 10
     urgent=$(sbatch --parsable --partition=urgent --nodes=2 --exclusive --job-name=urgent --output="$log" --wrap "sleep 3")
     say "job $job ($name) trains on $(job_field "$job" NumNodes) node(s); job $urgent, more urgent, needs them: Slurm preempts job $job"
     wait_for 120 "requeue of job $job" is_field "$job" Restarts 1
@@ -178,7 +184,7 @@ preempt two-nodes --nodes=2
 check "two-nodes: the weights of the uninterrupted run of two processes, bit for bit" same_weights two-processes two-nodes
 
 job=$(train cancelled)
-wait_for 120 "step 50 of job $job" reached cancelled 50
+wait_for 120 "step 10 of job $job" reached cancelled 10
 scancel "$job"
 wait_for 120 "end of job $job" not_in_queue "$job"
 check "job $job, cancelled while it trained, is $(job_field "$job" JobState), not requeued; newest checkpoint: $(newest cancelled)" \
