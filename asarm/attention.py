@@ -109,7 +109,8 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_BRHD):
-        tensors, kept = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+        saved = ctx.saved_tensors
+        tensors, kept = saved[:5], saved[5:]
         grads = [torch.empty_like(x) for x in tensors]
         grad_BRHD = (grad_BRHD * ctx.sight.sees_any_BR11).to(tensors[0].dtype)
         with torch.autocast(grad_BRHD.device.type, enabled=False):

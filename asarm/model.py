@@ -15,10 +15,10 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, XLNetConfig
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention import RelativeAttention, Sight, relative_encoding
 from .embedded import embedded_models, resolve_model
@@ -47,7 +47,7 @@ class FeedForward(nn.Module):
         return self.layer_norm(x_BRE + self.dropout(self.layer_2(inner_BRF)))
 
 
-class Layer(GradientCheckpointingLayer):
+class Layer(nn.Module):
     def __init__(self, config: XLNetConfig):
         super().__init__()
         self.rel_attn = RelativeAttention(config)
@@ -90,7 +90,6 @@ class AnySubsetLM(PreTrainedModel):
 
     config_class = XLNetConfig
     base_model_prefix = "transformer"
-    supports_gradient_checkpointing = True
     _tied_weights_keys: ClassVar = {"lm_loss.weight": "transformer.word_embedding.weight"}
 
     def __init__(self, config: XLNetConfig):
@@ -100,6 +99,7 @@ class AnySubsetLM(PreTrainedModel):
                 f"got {config.attn_type!r} and {config.bi_data}"
             )
         super().__init__(config)
+        self.recompute = False  # layers in the backward pass, instead of keeping their activations
         self.transformer = Trunk(config)
         self.lm_loss = nn.Linear(config.d_model, config.vocab_size)
         self.post_init()
@@ -154,10 +154,15 @@ class AnySubsetLM(PreTrainedModel):
         query_BQE = self.transformer.mask_emb.expand(B, position_BR.shape[1] - N, -1)
         x_BRE = self._drop(torch.cat([self.transformer.word_embedding(ids_BN), query_BQE], dim=1))
         for layer in self.transformer.layer[:-1]:
-            x_BRE = layer(x_BRE, x_BRE[:, :N], encoding_PE, sight)
+            x_BRE = self._run(layer, x_BRE, x_BRE[:, :N], encoding_PE, sight)
         # nothing reads the content rows' last hidden states
-        x_BRE = self.transformer.layer[-1](x_BRE[:, N:], x_BRE[:, :N], encoding_PE, sight.after(N))
+        x_BRE = self._run(self.transformer.layer[-1], x_BRE[:, N:], x_BRE[:, :N], encoding_PE, sight.after(N))
         return self._drop(x_BRE)
+
+    def _run(self, layer: Layer, *arguments) -> torch.Tensor:
+        if self.recompute and self.training:
+            return checkpoint(layer, *arguments, use_reentrant=False)
+        return layer(*arguments)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Vocabulary projection, for the rows that need it: [..., E] -> [..., V]."""

@@ -66,14 +66,9 @@ def assert_same_training(ours, theirs, tolerance=1e-5):
 
 
 def test_two_processes_and_one_with_twice_the_batch_have_the_same_loss_curve(text_file, tmp_path):
-    """Started by accelerate's own launcher."""
     config = small_run(text_file, tmp_path / "one", steps=50, architecture=NO_DROPOUT, optimizer={"rows_per_step": 8})
     train(replace(config, optimizer=replace(config.optimizer, rows_per_pass=4)))
-    (tmp_path / "two.yaml").write_text(yaml.safe_dump(asdict(replace(config, output_dir=str(tmp_path / "two")))))
-    launch = "-m accelerate.commands.launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no "
-    launch += f"--dynamo_backend no --main_process_port {free_port()} -m asarm train --config {tmp_path / 'two.yaml'}"
-    done = subprocess.run([sys.executable, *launch.split()], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    run(replace(config, output_dir=str(tmp_path / "two")), tmp_path)
     assert len(losses(tmp_path / "two")) == 50
     assert_same_training(tmp_path / "two", tmp_path / "one")
     about = yaml.safe_load((tmp_path / "two" / "provenance.json").read_text())

@@ -124,8 +124,7 @@ def test_gradient_checkpointing_changes_nothing():
     batch, model = some_batch(), make_model(vocab_size=100, mask_token_id=6, spread=0.1, dropout=0.1).train()
     objective, results = Objective(model, ObjectiveConfig()), []
     for enable in (False, True):
-        if enable:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.recompute = enable
         torch.manual_seed(0)
         results.append(gradients(objective, [batch]))
     (plain, plain_grads), (checkpointed, grads) = results
@@ -281,6 +280,7 @@ def test_resume_equals_an_uninterrupted_run_bit_for_bit(text_file, tmp_path, mon
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole"), "steps that were run again are logged once"
 
 
+@pytest.mark.slow
 def test_five_kills_in_one_run_leave_whole_checkpoints_and_the_same_weights(text_file, tmp_path):
     words = ("--optimizer.steps", "120", "--checkpoint_every", "2", "--log_every", "1", "--resume", "auto")
     assert subprocess.run(train_command(text_file, tmp_path / "whole", *words), check=False).returncode == 0
@@ -300,7 +300,7 @@ def test_five_kills_in_one_run_leave_whole_checkpoints_and_the_same_weights(text
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
     first, second = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("whole", "run"))
     assert all(torch.equal(first[key], second[key]) for key in first)
-    assert [p.name for p in folder.iterdir()] == [p.name for p in checkpoints(folder)], "nothing half-written is left"
+    assert sorted(folder.iterdir()) == checkpoints(folder), "nothing half-written is left"
 
 
 def test_fine_tuning_starts_from_the_given_weights(text_file, tmp_path):

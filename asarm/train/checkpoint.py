@@ -23,19 +23,28 @@ FREE_KEYS = (
 def save_checkpoint(folder: Path, state: dict, keep: int) -> Path:
     """Write ``folder/step-NNNNNNN`` under another name and rename it when it is complete; all but the ``keep`` newest
     are removed."""
-    final = folder / f"step-{state['step']:07d}"
-    partial = folder / f".partial-{state['step']:07d}"
-    shutil.rmtree(partial, ignore_errors=True)
+    name = f"step-{state['step']:07d}"
+    final, partial = folder / name, folder / f".partial-{name}"
+    for unfinished in folder.glob(".*-step-*"):  # as a kill leaves it
+        shutil.rmtree(unfinished)
     partial.mkdir(parents=True)
     with open(partial / "state.pt", "wb") as file:
         torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())
-    shutil.rmtree(final, ignore_errors=True)
+    if final.exists():
+        _remove(final)
     os.replace(partial, final)
-    for old in [*checkpoints(folder)[:-keep], *folder.glob(".partial-*")]:
-        shutil.rmtree(old)
+    for old in checkpoints(folder)[:-keep]:
+        _remove(old)
     return final
+
+
+def _remove(checkpoint: Path) -> None:
+    """Remove a checkpoint, which has no longer its name while only a part of it is there."""
+    removed = checkpoint.with_name(f".removed-{checkpoint.name}")
+    os.replace(checkpoint, removed)
+    shutil.rmtree(removed)
 
 
 def checkpoints(folder: Path) -> list[Path]:

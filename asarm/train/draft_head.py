@@ -214,6 +214,5 @@ def train_draft_head(config: TrainHeadConfig) -> Path:
     trainer.run(compute, measure)
     if accelerator.is_main_process:
         trainer.trained.eval().save_pretrained(out / "final")
-    accelerator.wait_for_everyone()
     accelerator.end_training()
     return out / "final"

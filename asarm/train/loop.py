@@ -31,8 +31,7 @@ def build_model(config: TrainConfig, vocab_size: int) -> AnySubsetLM:
             model = AnySubsetLM(XLNetConfig(**{"vocab_size": vocab_size, "mem_len": None, **config.architecture}))
         except StrictDataclassError as error:
             raise ConfigError(f"architecture {config.architecture}: {error}") from error
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.recompute = config.gradient_checkpointing
     if config.compile:
         for layer in model.transformer.layer:
             layer.compile()
@@ -44,12 +43,12 @@ def train(config: TrainConfig) -> Path:
     accelerator, out = start_processes(config)
     tokenizer = load_tokenizer(config.model, config.revision, config.tokenizer)
     length, o = config.data.max_length, config.optimizer
-    rows = open_rows(config.data, tokenizer, config.seed, accelerator.process_index, accelerator.num_processes)
     validation = Validation(config.validation, tokenizer, length)
     model = build_model(config, len(tokenizer))
     check_vocabulary(model, tokenizer)
     model.to(accelerator.device)
     require_memory(model, o.rows_per_pass, length, training_bytes(model, o.rows_per_pass, length))
+    rows = open_rows(config.data, tokenizer, config.seed, accelerator.process_index, accelerator.num_processes)
     objective = Objective(model, config.objective)
     layers = model.transformer.layer if config.fsdp else None
     trainer = Trainer(config, accelerator, out, objective, rows, layers)
@@ -81,6 +80,5 @@ def train(config: TrainConfig) -> Path:
     if accelerator.is_main_process:
         copy_with(model, whole, torch.device("cpu")).save_pretrained(final)
         tokenizer.backend.save(str(final / "tokenizer.json"))
-    accelerator.wait_for_everyone()
     accelerator.end_training()
     return final
