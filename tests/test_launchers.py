@@ -1,6 +1,7 @@
 """The launchers: as bash runs them, and as sbatch does, from a copy in another folder. Under a real Slurm:
 scripts/slurm_smoke.sh."""
 
+import json
 import os
 import re
 import shutil
@@ -227,6 +228,14 @@ def test_accelerate_launch_passes_signals_on_and_gives_the_status_back(tmp_path,
     process.communicate(timeout=300)
     assert process.returncode == status
     assert len(workers) == 2 and not any(map(psutil.pid_exists, workers))
+
+
+def test_two_processes_without_a_gpu_are_one_run(tmp_path):
+    command = ["bash", str(ROOT / "_run_training.sh"), "--config", "configs/train/smoke.yaml", "--optimizer.steps", "2"]
+    env = environment(ASARM_PROCESSES="2", CUDA_VISIBLE_DEVICES="")
+    subprocess.run([*command, "--output_dir", str(tmp_path)], cwd=ROOT, env=env, capture_output=True, check=True)
+    assert json.loads((tmp_path / "provenance.json").read_text())["processes"] == 2
+    assert (tmp_path / "final" / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.name)

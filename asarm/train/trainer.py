@@ -55,7 +55,9 @@ def start_processes(config: TrainConfig | TrainHeadConfig) -> tuple[Accelerator,
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     log_with = "wandb" if config.wandb else None
-    cpu = not torch.cuda.is_available()  # unless it is told so, accelerate takes processes without GPUs for separate runs
+    cpu = (
+        not torch.cuda.is_available()
+    )  # unless it is told so, accelerate takes processes without GPUs for separate runs
     accelerator = Accelerator(cpu=cpu, log_with=log_with, kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT)])
     config.optimizer.require_divides(accelerator.num_processes)
     out = prepare_output_dir(config.output_dir)
