@@ -1,14 +1,17 @@
 #!/usr/bin/env bash
 #SBATCH --job-name=asarm-speculative
 #SBATCH --nodes=1
-#SBATCH --ntasks=1
+#SBATCH --ntasks-per-node=1
 #SBATCH --cpus-per-task=8
 #SBATCH --gres=gpu:1
 #SBATCH --mem=32G
 #SBATCH --time=01:00:00
 #SBATCH --output=logs/%x-%j.out
+#SBATCH --open-mode=append
+#SBATCH --requeue
 # Compare the samplers on masked text. Without arguments: the embedded checkpoint, a few minutes on two CPU cores.
 # Runs unchanged under bash and sbatch (submit from the repository); arguments go to `python -m asarm eval speculative` (--help lists them).
+# Several GPUs share the sequences, and so do the jobs of an array: sbatch --array=0-3 _run_speculative_decoding.sh --output_dir DIR
 set -euo pipefail
 
 launch="$(dirname "${BASH_SOURCE[0]}")/scripts/launch.sh"

@@ -1,15 +1,24 @@
-"""The launchers: as bash runs them, and as sbatch does, from a copy in another folder."""
+"""The launchers: as bash runs them, and as sbatch does, from a copy in another folder. Under a real Slurm:
+scripts/slurm_smoke.sh."""
 
+import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
+
+from asarm.cli import COMMANDS, EVALS, build_parser
 
 ROOT = Path(__file__).parents[1]
 LAUNCHERS = sorted(ROOT.glob("_run_*.sh"))
+RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
 
 
 def environment(**extra):
@@ -35,6 +44,8 @@ def test_a_launcher_is_short_strict_and_a_batch_script(path):
     assert "set -euo pipefail" in text and '"$@"' in text
     assert "#SBATCH --output=logs/" in text and (ROOT / "logs" / ".gitkeep").is_file()
     assert text.count("\n") < 30 and os.access(path, os.X_OK)
+    assert "#SBATCH --requeue\n" in text and "#SBATCH --open-mode=append\n" in text
+    assert ("--signal=B:USR1" in text) == (path.name == "_run_training.sh")  # who answers it with a checkpoint
 
 
 @pytest.mark.parametrize("path", LAUNCHERS, ids=lambda p: p.name)
@@ -76,3 +87,166 @@ def test_set_up_installs_once(tmp_path):
         assert subprocess.run(["bash", str(ROOT / "scripts" / "setup.sh")], env=env, check=False).returncode == 0
     calls = (tmp_path / "calls").read_text()
     assert calls.count("pip install") == 2 and "requirements.txt" in calls and "--editable" in calls
+
+
+# What stands in for Python: it writes down its arguments, then ends with END, or when a signal comes, with 75.
+PYTHON = """#!/usr/bin/env bash
+echo "$@" >> "$CALLS"
+if [ -n "${END:-}" ]; then exit "$END"; fi
+trap 'kill $!; exit 75' USR1 TERM
+sleep 60 &
+echo ready
+wait
+"""
+# What stands in for Slurm: it writes down what is asked, and says that the job is in STATE.
+SLURM = """#!/usr/bin/env bash
+echo "$(basename "$0") $*" >> "$CALLS"
+case "$(basename "$0") $1" in
+    squeue*) echo "$STATE" ;;
+    "scontrol show") printf 'first\\nsecond\\n' ;;
+    srun*) while [ "$1" != python ]; do shift; done; exec "$@" ;;
+esac
+"""
+
+
+class Machine:
+    """A folder of stand-ins first on the PATH, and what they were called with."""
+
+    def __init__(self, folder: Path):
+        self.calls = folder / "calls"
+        self.calls.touch()
+        (folder / "bin").mkdir()
+        for name, text in {"python": PYTHON, "squeue": SLURM, "scontrol": SLURM, "srun": SLURM}.items():
+            (folder / "bin" / name).write_text(text)
+            (folder / "bin" / name).chmod(0o755)
+        self.path = f"{folder / 'bin'}:{os.environ['PATH']}"
+
+    def start(self, *arguments: str, launcher: str = "_run_training.sh", **extra: str) -> subprocess.Popen:
+        env = environment(CALLS=str(self.calls), PATH=self.path, ASARM_PROCESSES="1") | extra
+        command = ["bash", str(ROOT / launcher), *arguments]
+        return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def run(self, *arguments: str, **extra: str) -> tuple[int, list[str]]:
+        """Exit status of a launcher whose program ends by itself, and all calls."""
+        process = self.start(*arguments, **{"END": "0"} | extra)
+        process.communicate(timeout=300)
+        return process.returncode, self.calls.read_text().splitlines()
+
+    def stop(self, number: int, **extra: str) -> tuple[int, list[str]]:
+        """The same of one that gets a signal while its program runs."""
+        process = self.start(**extra)
+        while "ready" not in process.stdout.readline():
+            assert process.poll() is None
+        process.send_signal(number)
+        process.communicate(timeout=300)
+        return process.returncode, self.calls.read_text().splitlines()
+
+
+@pytest.fixture
+def machine(tmp_path):
+    return Machine(tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
+def test_a_signal_reaches_python_and_its_status_comes_back(machine, number):
+    assert machine.stop(number) == (75, ["-m asarm train"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM], ids=lambda n: n.name)
+def test_a_job_that_stopped_at_a_checkpoint_is_requeued(machine, number):
+    status, calls = machine.stop(number, SLURM_JOB_ID="7", STATE="RUNNING")
+    assert status == 75 and calls[-1] == "scontrol requeue 7"
+
+
+def test_a_job_that_is_being_cancelled_is_not_requeued(machine):
+    status, calls = machine.stop(signal.SIGTERM, SLURM_JOB_ID="7", STATE="COMPLETING")
+    assert status == 75 and not any("requeue" in call for call in calls)
+
+
+@pytest.mark.parametrize(("end", "requeued"), [("0", 0), ("1", 0), ("2", 0), ("137", 0), ("143", 0), ("138", 1)])
+def test_no_other_end_is_requeued_but_that_by_usr1_before_the_first_step(machine, end, requeued):
+    status, calls = machine.run(END=end, SLURM_JOB_ID="7", STATE="RUNNING")
+    assert status == int(end) and calls.count("scontrol requeue 7") == requeued
+
+
+def test_only_a_restarted_training_job_resumes(machine):
+    assert machine.run("--seed", "1", SLURM_RESTART_COUNT="0")[1][-1] == "-m asarm train --seed 1"
+    assert machine.run("--seed", "1", SLURM_RESTART_COUNT="2")[1][-1] == "-m asarm train --seed 1 --resume auto"
+    evaluation = machine.run(launcher="_run_speculative_decoding.sh", SLURM_RESTART_COUNT="2")
+    assert evaluation[1][-1] == "-m asarm eval speculative"
+
+
+def test_several_nodes_meet_at_the_first(machine):
+    job = {"SLURM_JOB_ID": "12345", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "[a-b]", "SLURM_CPUS_PER_TASK": "8"}
+    status, calls = machine.run("--seed", "1", ASARM_PROCESSES="4", **job)
+    assert status == 0
+    assert "scontrol show hostnames [a-b]" in calls
+    srun, launch = calls[-2:]
+    assert srun.startswith("srun --nodes=2 --ntasks=2 --cpus-per-task=8 ") and srun.endswith(launch)
+    assert "--num_machines 2 --num_processes 8 --main_process_ip first --main_process_port 22345 " in launch
+    assert launch.endswith(" -m asarm train --seed 1")
+
+
+def test_several_processes_on_one_machine_need_no_slurm(machine):
+    calls = machine.run(ASARM_PROCESSES="2")[1]
+    assert len(calls) == 1 and "--num_machines 1 --num_processes 2 " in calls[0] and "accelerate_launch.py" in calls[0]
+
+
+WORKER = """
+import os, pathlib, signal, sys, time
+rank = os.environ["RANK"]
+signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(9))
+pathlib.Path(f"ready-{rank}-of-{os.environ['WORLD_SIZE']}").touch()
+while True:
+    time.sleep(0.05)
+    if pathlib.Path("fail").exists() and rank == "1":
+        sys.exit(3)
+"""
+
+
+@pytest.mark.parametrize(("what", "status"), [("USR1", 75), ("fail", 3), ("kill", 128 + signal.SIGKILL)])
+def test_accelerate_launch_passes_signals_on_and_gives_the_status_back(tmp_path, what, status):
+    """With two real processes; one that fails or is killed ends the other."""
+    (tmp_path / "worker.py").write_text(WORKER)
+    command = [sys.executable, str(ROOT / "scripts" / "accelerate_launch.py"), "--multi_gpu", "--num_machines", "1"]
+    command += ["--num_processes", "2", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command += ["--main_process_ip", "127.0.0.1", "--main_process_port", "0", "-m", "worker"]
+    env = environment(PYTHONPATH=str(tmp_path))
+    process = subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True)
+    for rank in range(2):
+        while not (tmp_path / f"ready-{rank}-of-2").exists():
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.05)
+    workers = [child.pid for child in psutil.Process(process.pid).children()]
+    if what == "USR1":
+        process.send_signal(signal.SIGUSR1)
+    elif what == "kill":
+        os.kill(workers[0], signal.SIGKILL)
+    else:
+        (tmp_path / "fail").touch()
+    process.communicate(timeout=300)
+    assert process.returncode == status
+    assert len(workers) == 2 and not any(map(psutil.pid_exists, workers))
+
+
+def test_two_processes_without_a_gpu_are_one_run(tmp_path):
+    command = ["bash", str(ROOT / "_run_training.sh"), "--config", "configs/train/smoke.yaml", "--optimizer.steps", "2"]
+    env = environment(ASARM_PROCESSES="2", CUDA_VISIBLE_DEVICES="")
+    subprocess.run([*command, "--output_dir", str(tmp_path)], cwd=ROOT, env=env, capture_output=True, check=True)
+    assert json.loads((tmp_path / "provenance.json").read_text())["processes"] == 2
+    assert (tmp_path / "final" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.name)
+def test_a_recipe_opens_with_a_command_that_reads_it(path):
+    """Its head names the command; that command's settings are filled from it and pass their checks."""
+    head = path.read_text().split("\noutput_dir:")[0]
+    words = next(line for line in head.splitlines() if str(path.relative_to(ROOT)) in line).split()
+    launched = {launcher.name: re.search(r'asarm_launch (.*) "', launcher.read_text())[1] for launcher in LAUNCHERS}
+    command = next((launched[word] for word in words if word in launched), None) or words[words.index("asarm") + 1]
+    commands, name = (EVALS, command.removeprefix("eval ")) if command.startswith("eval ") else (COMMANDS, command)
+    parser = build_parser("asarm", "", commands)
+    settings = vars(parser.instantiate(parser.parse_args([name, "--config", str(path)]))[name])
+    settings.pop("config")
+    commands[name][0](**settings)

@@ -22,6 +22,7 @@ SMALL = {
     "samplers": ["assd", "parallel:3"],
     "batch_size": 2,
 }
+ARRAY_JOB = {"SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_COUNT": "2"}
 
 
 def records(folder) -> list[dict]:
@@ -38,6 +39,9 @@ def records(folder) -> list[dict]:
         (None, {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "3", "SLURM_ARRAY_TASK_MIN": "1"}, (2, 3)),
         (None, {"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, (1, 2)),
         (None, {"SLURM_ARRAY_TASK_ID": "3"}, (0, 1)),
+        (None, ARRAY_JOB | {"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, (1, 2)),
+        (None, ARRAY_JOB | {"RANK": "0", "WORLD_SIZE": "4", "SLURM_NTASKS": "1"}, (4, 8)),
+        (None, ARRAY_JOB | {"RANK": "3", "WORLD_SIZE": "4", "SLURM_NTASKS": "1"}, (7, 8)),
     ],
 )
 def test_a_shard_comes_from_the_setting_or_from_whoever_started_the_process(setting, environment, shard):

@@ -10,12 +10,9 @@ from ..errors import ConfigError
 
 Item = TypeVar("Item")
 
-# (index, count) as the starter of the processes tells them; the first pair that is set counts
-ENVIRONMENT = (
-    ("RANK", "WORLD_SIZE"),  # accelerate launch, torchrun
-    ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"),
-    ("SLURM_PROCID", "SLURM_NTASKS"),
-)
+# (index, count) of a process in its job, as its starter tells them; the first pair that is set counts
+PROCESS = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))  # accelerate launch or torchrun; srun
+ARRAY = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT")  # of a job among those of its array
 
 
 @dataclass(frozen=True)
@@ -31,17 +28,17 @@ class Shard:
 
     @classmethod
     def of(cls, setting: str | None, environment: Mapping[str, str] = os.environ) -> "Shard":
-        """``setting`` ("0/4") if it is given, else what the environment says, else the whole."""
+        """``setting`` ("0/4") if it is given, else what the environment says (several processes of each job of an array
+        included), else the whole."""
         if setting is not None:
             match = re.fullmatch(r"(\d+)/(\d+)", setting)
             if not match:
                 raise ConfigError(f"shard must be INDEX/COUNT, 0/4 for instance, got {setting!r}")
             return cls(int(match[1]), int(match[2]))
-        for index, count in ENVIRONMENT:
-            if index in environment and count in environment:
-                first = int(environment.get("SLURM_ARRAY_TASK_MIN", 0)) if "ARRAY" in index else 0
-                return cls(int(environment[index]) - first, int(environment[count]))
-        return cls()
+        process, processes = next((p for name in PROCESS if (p := _pair(name, environment))), (0, 1))
+        job, jobs = _pair(ARRAY, environment) or (0, 1)
+        job -= int(environment.get("SLURM_ARRAY_TASK_MIN", 0))
+        return cls(job * processes + process, jobs * processes)
 
     def take(self, items: list[Item]) -> list[Item]:
         return items[self.index :: self.count]
@@ -50,3 +47,7 @@ class Shard:
     def suffix(self) -> str:
         """Of the files that only this shard writes."""
         return f"-{self.index}of{self.count}" if self.count > 1 else ""
+
+
+def _pair(names: tuple[str, str], environment: Mapping[str, str]) -> tuple[int, int] | None:
+    return tuple(int(environment[name]) for name in names) if all(name in environment for name in names) else None
