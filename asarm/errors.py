@@ -42,3 +42,7 @@ class OutputDirError(UserError):
 
 class MemoryBudgetError(UserError):
     """A computation that would not fit into the memory that is free."""
+
+
+class SandboxError(UserError):
+    """Programs cannot be executed here, or not in the way that was asked for."""

@@ -6,6 +6,7 @@ from ..config import ONE_PASS, SamplerConfig, require
 
 NLP_TASKS = ("rocstories-1of5", "rocstories-3of5")
 CODE_BENCHMARKS = {"single-line": "SingleLine", "multi-line": "MultiLine"}  # name in the published files
+SANDBOXES = ("auto", "bwrap", "namespaces", "process")
 WORDS = {"separator": ","}  # a list field that may also be given as one word with commas
 
 
