@@ -4,6 +4,7 @@ It is forked before the referee has read its job, and gives up all files but the
 for in its own process, neither tests nor sentinel nor the way to a verdict are there.
 """
 
+import contextlib
 import os
 import resource
 import types
@@ -18,13 +19,11 @@ def become_candidate(questions: int, answers: int, null: int) -> None:
         os.dup2(null, fd)
     for fd in range(3, resource.getrlimit(resource.RLIMIT_NOFILE)[0]):
         if fd not in (questions, answers):
-            try:
+            with contextlib.suppress(OSError):  # was not open
                 os.close(fd)
-            except OSError:
-                pass  # was not open
     resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))  # no process, no thread, and so nothing that could outlive it
     try:
-        serve(open(questions, "rb"), open(answers, "wb"))
+        serve(os.fdopen(questions, "rb"), os.fdopen(answers, "wb"))
     finally:  # also when the referee's questions end
         os._exit(0)
 

@@ -27,7 +27,7 @@ def referee(settings: dict, null: int) -> None:
     verdict = os.dup(1)
     os.dup2(null, 1)  # a test may print
     job = json.loads(sys.stdin.buffer.read())
-    outcome = judge(Program(pid, open(question_write, "wb"), open(answer_read, "rb")), job)
+    outcome = judge(Program(pid, os.fdopen(question_write, "wb"), os.fdopen(answer_read, "rb")), job)
     os.write(verdict, json.dumps(outcome).encode() + b"\n")
 
 
