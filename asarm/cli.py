@@ -91,6 +91,12 @@ def run_eval_infill(config: InfillEvalConfig) -> None:
     _show(config, evaluate(config), report)
 
 
+def run_eval_code_infill(config: CodeInfillConfig) -> None:
+    from .evals.code_infill import evaluate, report
+
+    _show(config, evaluate(config), report)
+
+
 def run_bench_decode(config: BenchDecodeConfig) -> None:
     from .bench.run import bench, report
 
@@ -129,7 +135,7 @@ DESCRIPTION = (
 EVALS = {
     "speculative": (SpeculativeConfig, run_eval_speculative),
     "nlp-infill": (NlpInfillConfig, run_eval_infill),
-    "code-infill": (CodeInfillConfig, run_eval_infill),
+    "code-infill": (CodeInfillConfig, run_eval_code_infill),
 }
 
 

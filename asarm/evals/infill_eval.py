@@ -1,26 +1,20 @@
-"""Infilling evaluations: text and code with a gap, filled and compared with what was there.
+"""Infilling evaluations: texts with a gap, filled and compared with what was there.
 
 The model is told the true number of tokens of each gap, as in the published protocol (Guo & Ermon 2025).
 """
 
-import json
-import re
-from pathlib import Path
-
 from ..density import require_memory_for_density
 from ..errors import TextError
 from ..infilling import InfillTask
-from ..runlog import write_atomic
 from ..tokenizer import TextTokenizer
-from .config import CodeInfillConfig, InfillEvalConfig, NlpInfillConfig
-from .metrics import code_similarity, rouge
+from .config import InfillEvalConfig, NlpInfillConfig
+from .metrics import rouge
 from .run import EvalRun
 from .stats import summarise_by_sampler, table
 from .tasks import READERS, TextGap
 
 QUALITY = {
     NlpInfillConfig: (rouge, {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "rouge_mean": "mean"}),
-    CodeInfillConfig: (code_similarity, {"exact_match": "exact match", "edit_similarity": "edit similarity"}),
 }
 COST = {
     "gap_tokens": lambda r: r["masked"],
@@ -57,8 +51,6 @@ def evaluate(config: InfillEvalConfig) -> dict:
         run.decode(candidate.without_special_tokens(), tasks, describe)
 
     def summarise(records: dict[str, list[dict]]) -> dict:
-        if isinstance(config, CodeInfillConfig):
-            write_samples(run.folder, records)
         measures = COST | {key: (lambda r, key=key: r[key]) for key in quality}
         return {"samplers": summarise_by_sampler(records, measures), "text": text, "num_texts": len(gaps)}
 
@@ -77,21 +69,12 @@ def encode_gap(tokenizer: TextTokenizer, gap: TextGap, index: int) -> InfillTask
     return InfillTask(parts[0] + parts[1] + parts[2], visible, index)
 
 
-def write_samples(folder: Path, records: dict[str, list[dict]]) -> None:
-    """``samples-SAMPLER.jsonl``: task_id and completion, as the benchmark's own evaluator reads them."""
-    for name, of_sampler in records.items():
-        samples = [{"task_id": record["name"], "completion": record["completion"]} for record in of_sampler]
-        text = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
-        write_atomic(folder / f"samples-{re.sub(r'[^A-Za-z0-9+:.-]+', '_', name)}.jsonl", text)
-
-
 def report(summary: dict) -> str:
     """What was measured, and the table."""
     config = summary["config"]
-    of_code = "benchmark" in config
-    headings = HEADINGS | QUALITY[CodeInfillConfig if of_code else NlpInfillConfig][1]
+    headings = HEADINGS | QUALITY[NlpInfillConfig][1]
     title = (
-        f"{config['model']}, {config['benchmark' if of_code else 'task']}: {summary['num_texts']} texts of "
+        f"{config['model']}, {config['task']}: {summary['num_texts']} texts of "
         f"{summary['text']}, k = {config['k']}, batches of {config['batch_size']}, {config['dtype']}; the model is "
         "told the true length of the gap; mean +- standard error"
     )

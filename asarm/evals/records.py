@@ -10,7 +10,8 @@ from ..errors import OutputDirError
 from ..runlog import append_line, cut_torn_line, read_lines, write_atomic, write_json
 from .shards import Shard
 
-FREE_KEYS = {"output_dir", "json", "shard"}  # settings that may differ when a run goes on
+# settings that may differ when a run goes on
+FREE_KEYS = {"output_dir", "json", "shard", "pass_k", "allow_code_execution", "sandbox", "workers"}
 Key = tuple[str, int]  # system, index
 
 

@@ -64,8 +64,8 @@ class Limits:
     """Of the referee and the candidate, each: ``cpu`` in whole seconds, ``memory`` (address space) and ``file_size``
     in bytes. ``wall`` seconds are for both together."""
 
-    cpu: int = 5
-    wall: float = 20.0
+    cpu: int = 3
+    wall: float = 30.0
     memory: int = 1 << 30
     file_size: int = 1 << 20
 

@@ -1,8 +1,6 @@
 """What the evaluations fill in: packed rows with a random subset masked, and texts with one gap."""
 
 import csv
-import gzip
-import json
 import os
 import re
 from collections.abc import Callable
@@ -17,7 +15,7 @@ from ..errors import DataFileError
 from ..infilling import InfillTask
 from ..orders import random_visible
 from ..rng import generator
-from .config import CODE_BENCHMARKS, CodeInfillConfig, NlpInfillConfig
+from .config import NlpInfillConfig
 
 ROCSTORIES = "eval/rocstories/cloze_test_val__spring2016.csv"
 SENTENCE_END = re.compile(r"(?<=[.!?])[\"']?\s+(?=\S)")
@@ -95,30 +93,4 @@ def _read_sentences(name: str) -> list[tuple[str, list[str]]]:
     return stories
 
 
-def read_code_gaps(config: CodeInfillConfig) -> tuple[str, list[TextGap]]:
-    """The benchmark's gaps, and where they come from."""
-    published = f"HumanEval-{CODE_BENCHMARKS[config.benchmark]}Infilling.jsonl.gz"
-    name = config.data_file or f"$ASARM_DATA_DIR/eval/humaneval_infill/{published}"
-    path = resolve_path(name)
-    keys = ("task_id", "prompt", "canonical_solution", "suffix")
-    gaps = []
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                record = json.loads(line)
-                if missing := [key for key in keys if not isinstance(record.get(key), str)]:
-                    raise DataFileError(
-                        f"{path}, line {number} lacks {missing}; expected the published benchmark's form"
-                    )
-                gaps.append(TextGap(*(record[key] for key in keys)))
-    except (OSError, EOFError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataFileError(f"cannot read {path}: {error}") from error
-    if not gaps:
-        raise DataFileError(f"{path} holds no problem")
-    return name, gaps
-
-
-READERS: dict[type, Callable[..., tuple[str, list[TextGap]]]] = {
-    NlpInfillConfig: read_nlp_gaps,
-    CodeInfillConfig: read_code_gaps,
-}
+READERS: dict[type, Callable[..., tuple[str, list[TextGap]]]] = {NlpInfillConfig: read_nlp_gaps}

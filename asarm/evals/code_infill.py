@@ -1,0 +1,227 @@
+"""Code infilling: lines and spans of HumanEval's programs, filled in and, if the user allows it, executed (pass@k).
+
+The model is told the true number of tokens of each gap, that of the published solution, as in the published protocol
+(Guo & Ermon 2025). Completions are what was drawn, to the byte: nothing is cut off.
+
+Each completion is a record, and its verdict another, of the system ``<system> verdict``: a run may sample first and be
+started again with ``--allow_code_execution``.
+"""
+
+import json
+import math
+import os
+import re
+import sys
+from collections import defaultdict
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from ..density import require_memory_for_density
+from ..infilling import InfillTask
+from ..runlog import write_atomic
+from ..tokenizer import TextTokenizer
+from .code_tasks import CodeProblem, empty_line, line_above, read_problems
+from .config import CodeInfillConfig
+from .execution import CONTROLS, execute, judge_controls, pass_at_k, wilson_interval
+from .metrics import code_similarity
+from .run import Candidate, EvalRun
+from .sandbox import Limits, Sandbox
+from .stats import mean_and_se, table, with_interval, with_se
+
+GUESSERS = {"guess: empty line": empty_line, "guess: line above": line_above}
+VERDICT = " verdict"
+COST = {
+    "gap_tokens": lambda r: r["masked"],
+    "nfe_per_token": lambda r: r["nfe"] / max(r["masked"], 1),
+    "log_prob_per_token": lambda r: r["log_prob"] / max(r["masked"], 1),
+    "seconds_per_sequence": lambda r: r["seconds"],
+}
+LIKENESS = {key: (lambda r, key=key: r[key]) for key in ("exact_match", "edit_similarity")}
+HEADINGS = {
+    "exact_match": "exact match (%)",
+    "edit_similarity": "edit similarity (%)",
+    "gap_tokens": "gap (tokens)",
+    "nfe_per_token": "NFE/token",
+    "log_prob_per_token": "log-prob/token",
+    "seconds_per_sequence": "s/sequence",
+}
+WARNING = (
+    "warning: --allow_code_execution runs programs that a model wrote. They run in a sandbox ({mode}; network: "
+    "{network}, files: {files}), which is not proof against everything: see asarm/evals/sandbox.py"
+)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Completion ``sample`` of problem ``problem``; ``index`` numbers the run's samples."""
+
+    index: int
+    problem: int
+    sample: int
+
+
+def evaluate(config: CodeInfillConfig) -> dict:
+    """Run, or go on with, the evaluation; returns what ``summary.json`` holds."""
+    source, problems = read_problems(config)
+    sandbox = open_sandbox(config) if config.allow_code_execution else None
+    run = EvalRun(config)
+    systems = {}  # the samples of each
+    for candidate in run.candidates():
+        samples = fill(run, candidate.without_special_tokens(), problems)
+        systems |= {candidate.prefix + name: samples for name in candidate.samplers}
+    for system, complete in (GUESSERS | CONTROLS if sandbox else GUESSERS).items():
+        systems[system] = [Sample(p.index, p.index, 0) for p in problems]
+        for sample in run.todo(system, systems[system]):
+            problem = problems[sample.problem]
+            run.add(system, sample.index, described(problem, sample, complete(problem)))
+    if sandbox:
+        run.log.identify("sandbox", {"mode": sandbox.mode, "limits": asdict(sandbox.limits)})
+        record_verdicts(run, systems, problems, sandbox)
+
+    def summarise(records: dict[str, list[dict]]) -> dict:
+        write_samples(run.folder, {system: records[system] for system in systems})
+        rows = {system: costs_and_likeness(records[system]) for system in systems if system not in CONTROLS}
+        summary = {"samplers": rows, "text": source, "num_texts": len(problems), "execution": None}
+        if sandbox:
+            summary["execution"] = {"sandbox": sandbox.describe()} | add_scores(config, rows, records)
+        return summary
+
+    return run.finish(summarise)
+
+
+def open_sandbox(config: CodeInfillConfig) -> Sandbox:
+    """A sandbox that works, before any long work, and the warning."""
+    sandbox = Sandbox(config.sandbox, Limits(cpu=config.timeout, wall=10.0 * config.timeout))
+    print(WARNING.format(**sandbox.describe()), file=sys.stderr)
+    return sandbox
+
+
+def fill(run: EvalRun, candidate: Candidate, problems: list[CodeProblem]) -> list[Sample]:
+    """Draw and record every problem's completions; returns the samples that they are."""
+    n, tokenizer = run.config.num_samples, candidate.tokenizer
+    samples = {p.index * n + s: Sample(p.index * n + s, p.index, s) for p in problems for s in range(n)}
+    encoded = [encode(tokenizer, problem) for problem in problems]
+    tasks = [replace(encoded[sample.problem], index=index) for index, sample in samples.items()]
+    require_memory_for_density(candidate.model, run.config.batch_size, max(len(task.ids) for task in tasks))
+
+    def describe(task: InfillTask, ids: list[int]) -> dict:
+        sample = samples[task.index]
+        problem = problems[sample.problem]
+        start, end = task.visible.index(False), len(task.ids) - task.visible[::-1].index(False)
+        return described(problem, sample, tokenizer.decode_gap(ids, range(start, end)))
+
+    run.decode(candidate, tasks, describe)
+    return list(samples.values())
+
+
+def encode(tokenizer: TextTokenizer, problem: CodeProblem) -> InfillTask:
+    """The program's tokens, the solution's masked; each of the three parts is encoded by itself, as a user's text with
+    a gap is. Raises :class:`TextError` where the vocabulary changes a byte."""
+    ids, visible = [], []
+    for part, given in ((problem.prompt, True), (problem.canonical_solution, False), (problem.suffix, True)):
+        part_ids = tokenizer.encode(part)
+        tokenizer.check_lossless(part)
+        ids += part_ids
+        visible += [given] * len(part_ids)
+    return InfillTask(ids, visible)
+
+
+def described(problem: CodeProblem, sample: Sample, completion: str) -> dict:
+    """What a record says of a completion."""
+    reference = problem.canonical_solution
+    likeness = code_similarity(reference, completion)
+    where = {"name": problem.task_id, "problem": sample.problem, "sample": sample.sample}
+    return {**where, **likeness, "completion": completion, "reference": reference}
+
+
+def record_verdicts(
+    run: EvalRun, systems: dict[str, list[Sample]], problems: list[CodeProblem], sandbox: Sandbox
+) -> None:
+    """Execute this process's share of the completions that have no verdict; equal programs are run once."""
+    waiting = defaultdict(list)
+    for system, samples in systems.items():
+        for sample in run.todo(system + VERDICT, samples):
+            completion = run.log.records[system, sample.index]["completion"]
+            waiting[problems[sample.problem], completion].append((system, sample))
+    for job, verdict in execute(list(waiting), sandbox, run.config.workers or len(os.sched_getaffinity(0))):
+        for system, sample in waiting[job]:
+            run.add(system + VERDICT, sample.index, {"name": job[0].task_id, **asdict(verdict)})
+
+
+def costs_and_likeness(records: list[dict]) -> dict:
+    """Means over problems (of a problem's mean over its samples) with standard errors; costs only of what was drawn."""
+    row = {"sequences": len(records), "lossless": all(record.get("lossless", True) for record in records)}
+    for key, measure in (LIKENESS | COST if "nfe" in records[0] else LIKENESS).items():
+        by_problem = defaultdict(list)
+        for record in records:
+            by_problem[record["problem"]].append(measure(record))
+        row[key], row[f"{key}_se"] = mean_and_se([math.fsum(v) / len(v) for v in by_problem.values()])
+    return row
+
+
+def add_scores(config: CodeInfillConfig, rows: dict[str, dict], records: dict[str, list[dict]]) -> dict:
+    """Judge the controls and, unless they show that something is wrong, add pass@k to the rows."""
+    passed = {system: verdicts_by_task(records[system + VERDICT]) for system in [*rows, *CONTROLS]}
+    controls = {name: {task: all(v) for task, v in passed[name].items()} for name in CONTROLS}
+    judged = judge_controls(None if config.data_file else config.benchmark, controls)
+    if not judged["problems"]:
+        for system, row in rows.items():
+            row |= scores(passed[system], [k for k in config.pass_k if k == 1 or system not in GUESSERS])
+    timed_out = sum(r["outcome"] == "timed out" for of in records.values() for r in of if "outcome" in r)
+    return judged | {"timed_out": timed_out}
+
+
+def verdicts_by_task(records: list[dict]) -> dict[str, list[bool]]:
+    verdicts = defaultdict(list)
+    for record in records:
+        verdicts[record["name"]].append(record["passed"])
+    return verdicts
+
+
+def scores(passed: dict[str, list[bool]], pass_k: list[int]) -> dict:
+    """pass@k in percent, with its 95 % interval over problems."""
+    row = {}
+    for k in pass_k:
+        mean = math.fsum(pass_at_k(len(v), sum(v), k) for v in passed.values()) / len(passed)
+        low, high = wilson_interval(mean, len(passed))
+        row |= {f"pass@{k}": 100 * mean, f"pass@{k}_low": 100 * low, f"pass@{k}_high": 100 * high}
+    return row
+
+
+def write_samples(folder: Path, records: dict[str, list[dict]]) -> None:
+    """``samples-SYSTEM.jsonl``: task_id and completion, as the benchmark's own evaluator reads them."""
+    for system, of_system in records.items():
+        samples = [{"task_id": record["name"], "completion": record["completion"]} for record in of_system]
+        text = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+        write_atomic(folder / f"samples-{re.sub(r'[^A-Za-z0-9+.-]+', '_', system)}.jsonl", text)
+
+
+def report(summary: dict) -> str:
+    """What was measured, the table, and what the controls say."""
+    config, execution = summary["config"], summary["execution"]
+    title = (
+        f"{config['model']}, {config['benchmark']}: {summary['num_texts']} problems of {summary['text']}, "
+        f"{config['num_samples']} sample(s) each, k = {config['k']}, batches of {config['batch_size']}, "
+        f"{config['dtype']}; the model is told the length of the published solution in tokens; mean +- standard error, "
+        "pass@k with its 95 % interval"
+    )
+    rows = summary["samplers"]
+    headings = {f"pass@{k}": f"pass@{k} (%)" for k in config["pass_k"]} | HEADINGS
+    headings = {key: text for key, text in headings.items() if any(key in row for row in rows.values())}
+    lines = [title, table(rows, headings, cell)]
+    if execution is None:
+        return "\n".join([*lines, "no pass@k: nothing was executed; --allow_code_execution does that"])
+    lines += [f"no pass@k: the controls are not as expected: {problem}" for problem in execution["problems"]]
+    controls = [f"{name} {of['pass_rate']:.1%}" for name, of in execution["controls"].items()]
+    sandbox = execution["sandbox"]
+    lines.append(
+        f"passing: {', '.join(controls)}; sandbox: {sandbox['mode']} (network: {sandbox['network']}), "
+        f"{execution['timed_out']} programs timed out"
+    )
+    return "\n".join(lines)
+
+
+def cell(row: dict, key: str) -> str:
+    if key not in row:
+        return "-"
+    return with_interval(row, key) if key.startswith("pass@") else with_se(row, key)
