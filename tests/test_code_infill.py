@@ -144,7 +144,7 @@ def test_a_solution_that_fails_stops_the_score(tmp_path, executes):
     broken = [PROBLEMS[0] | {"canonical_solution": "    y = 3 * x\n"}, *PROBLEMS[1:]]
     config = settings(tmp_path, allow_code_execution=True, data_file=write(tmp_path / "broken.jsonl", broken))
     summary = evaluate(config)
-    assert summary["execution"]["problems"] == ["1 of 4 published solutions fail: T/double"]
+    assert summary["execution"]["objections"] == ["1 of 4 published solutions fail: T/double"]
     assert not any("pass@1" in row for row in summary["samplers"].values())
     assert "no pass@k: the controls are not as expected: 1 of 4" in report(summary)
 
@@ -153,25 +153,25 @@ def test_an_evaluator_that_passes_everything_reports_no_score(tmp_path, monkeypa
     monkeypatch.setattr(Sandbox, "run", lambda *_: Verdict(True, "passed", "", 0.0))
     monkeypatch.setattr(Sandbox, "_problem", lambda self: None)  # it would notice at once
     summary = evaluate(settings(tmp_path, allow_code_execution=True))
-    assert "passes 100.0%, which should be at most" in summary["execution"]["problems"][0]
+    assert "passes 100.0%, which should be at most" in summary["execution"]["objections"][0]
     assert not any("pass@1" in row for row in summary["samplers"].values())
 
 
 def test_controls_allow_for_what_passes_by_chance():
     def judged(passing: int, n: int = 1033) -> list[str]:
         verdicts = {f"T/{i}": i < passing for i in range(n)}
-        return judge_controls("single-line", {"control: empty": verdicts})["problems"]
+        return judge_controls("single-line", {"control: empty": verdicts})["objections"]
 
-    assert judged(27) == [] and judged(0) == []
-    assert judged(140) and judged(1033)
+    assert judged(27) == [] and judged(0) == [] and judged(60) == []
+    assert judged(100) and judged(1033)
     assert judged(2, 10) == [] and judged(10, 10)
 
 
 def test_a_kill_in_the_middle_loses_only_the_programs_in_flight(tmp_path, executes):
     slow = [
-        p | {"task_id": f"{p['task_id']}/{i}", "test": "import time\ntime.sleep(0.2)\n" + p["test"]}
+        p | {"task_id": f"{p['task_id']}/{i}", "test": "import time\ntime.sleep(0.1)\n" + p["test"]}
         for p in PROBLEMS
-        for i in range(3)
+        for i in range(2)
     ]
     config = settings(tmp_path, allow_code_execution=True, data_file=write(tmp_path / "slow.jsonl", slow))
     command = [sys.executable, "-m", "asarm", "eval", "code-infill", "--allow_code_execution", "--workers=2"]
@@ -185,11 +185,11 @@ def test_a_kill_in_the_middle_loses_only_the_programs_in_flight(tmp_path, execut
     process.wait()
     before = read_lines(log)
     verdicts = [r for r in before if "outcome" in r]
-    assert 8 <= len(verdicts) < 12 * 6
+    assert 8 <= len(verdicts) < 8 * 6
     summary = evaluate(config)
     after = {(r["sampler"], r["index"]): r for r in read_lines(log)}
     assert all(after[r["sampler"], r["index"]] == r for r in before), "what was recorded stays"
-    assert summary["complete"] and summary["execution"]["problems"] == []
+    assert summary["complete"] and summary["execution"]["objections"] == []
 
 
 def test_shards_share_the_execution(tmp_path, executes):
@@ -231,9 +231,9 @@ def test_the_published_problems_survive_the_vocabulary_to_the_byte(data_dir, ben
 
 @pytest.mark.usefixtures("data_dir")
 def test_published_solutions_pass_and_wrong_ones_fail(executes):
-    """The last problem of each of 30 functions (every solution is executed in an evaluation, as a control)."""
+    """The last problem of each of 16 functions (every solution is executed in an evaluation, as a control)."""
     by_function = {p.entry_point: p for p in read_problems(CodeInfillConfig())[1]}
-    for problem in list(by_function.values())[::5]:
+    for problem in list(by_function.values())[::10]:
         for completion, passes in ((problem.canonical_solution, True), ("    return object()\n", False)):
             program = problem.program(completion)
             assert executes.run(program, problem.test, problem.entry_point).passed == passes, problem.task_id

@@ -64,12 +64,13 @@ for sentinel in set(re.findall("[0-9a-f]{32}", " ".join(texts))):
         try: os.write(fd, json.dumps(dict(outcome="passed", detail="", sentinel=sentinel)).encode() + b"\\n")
         except OSError: pass""",
     "memory and files of the other processes": """
-import ctypes, os, json
-for pid in {os.getpid(), os.getppid(), 1, 2, 3}:
-    for name in ("mem", "fd/0", "fd/1", "fd/3", "fd/4", "fd/5"):
-        try: os.write(os.open(f"/proc/{pid}/{name}", os.O_RDWR), b"passed")
-        except OSError: pass
-if ctypes.CDLL(None).ptrace(16, os.getppid(), 0, 0) == 0: raise KeyboardInterrupt("traced the referee")""",
+import ctypes, os
+for pid in {os.getppid(), 1, 2, 3} - {os.getpid()}:
+    for name in "mem", "environ", "fd/0", "fd/1", "fd/3", "fd/4", "fd/5":
+        try: os.open(f"/proc/{pid}/{name}", os.O_RDWR)
+        except OSError: continue
+        raise KeyboardInterrupt(f"reached {name} of {pid}")
+if ctypes.CDLL(None).ptrace(16, os.getppid(), 0, 0) == 0: raise KeyboardInterrupt("reached the referee")""",
     "a background thread": "import threading\nthreading.Thread(target=lambda: print('passed')).start()",
     "a background process": "import os\nif os.fork(): os._exit(0)\nos.setsid()",
     "endless": "while True: pass",
@@ -148,7 +149,7 @@ def test_no_attack_passes_and_none_leaves_anything(sandbox):
     assert left_behind(tempfile.tempdir) == []
     assert [name for name, verdict in verdicts.items() if verdict.passed] == []
     assert {name for name, verdict in verdicts.items() if verdict.outcome == "timed out"} >= {"endless"}
-    assert not any("traced" in v.detail or "the tests are here" in v.detail for v in verdicts.values()), verdicts
+    assert not any("reached" in v.detail or "the tests are here" in v.detail for v in verdicts.values()), verdicts
 
 
 @pytest.mark.parametrize("name", sorted(FOOL_EXIT_STATUS))

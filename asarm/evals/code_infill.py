@@ -164,7 +164,7 @@ def add_scores(config: CodeInfillConfig, rows: dict[str, dict], records: dict[st
     passed = {system: verdicts_by_task(records[system + VERDICT]) for system in [*rows, *CONTROLS]}
     controls = {name: {task: all(v) for task, v in passed[name].items()} for name in CONTROLS}
     judged = judge_controls(None if config.data_file else config.benchmark, controls)
-    if not judged["problems"]:
+    if not judged["objections"]:
         for system, row in rows.items():
             row |= scores(passed[system], [k for k in config.pass_k if k == 1 or system not in GUESSERS])
     timed_out = sum(r["outcome"] == "timed out" for of in records.values() for r in of if "outcome" in r)
@@ -211,7 +211,7 @@ def report(summary: dict) -> str:
     lines = [title, table(rows, headings, cell)]
     if execution is None:
         return "\n".join([*lines, "no pass@k: nothing was executed; --allow_code_execution does that"])
-    lines += [f"no pass@k: the controls are not as expected: {problem}" for problem in execution["problems"]]
+    lines += [f"no pass@k: the controls are not as expected: {problem}" for problem in execution["objections"]]
     controls = [f"{name} {of['pass_rate']:.1%}" for name, of in execution["controls"].items()]
     sandbox = execution["sandbox"]
     lines.append(
