@@ -140,6 +140,16 @@ def passes_plainly(problem: dict, completion: str) -> bool:
     return True
 
 
+def test_an_empty_span_is_filled_with_nothing(tmp_path):
+    """Some of the random spans are empty, and the model is told so."""
+    whole = {"prompt": "def f(x):\n    return 2", "canonical_solution": "", "suffix": " * x\n", "task_id": "T/empty"}
+    file = write(tmp_path / "empty.jsonl", [PROBLEMS[0] | whole, PROBLEMS[1]])
+    summary = evaluate(settings(tmp_path, data_file=file, samplers=["assd", "sequential"]))
+    first, second = read_lines(tmp_path / "out" / "records.jsonl")[:2]
+    assert first["completion"] == "" and first["exact_match"] == 100 and second["completion"] != ""
+    assert summary["samplers"]["sequential"]["gap_tokens"] == second["masked"] / 2
+
+
 def test_a_solution_that_fails_stops_the_score(tmp_path, executes):
     broken = [PROBLEMS[0] | {"canonical_solution": "    y = 3 * x\n"}, *PROBLEMS[1:]]
     config = settings(tmp_path, allow_code_execution=True, data_file=write(tmp_path / "broken.jsonl", broken))

@@ -96,6 +96,7 @@ def double(x):
     "a crash": "import ctypes; ctypes.string_at(0)",
     "many files": "for i in range(2000): open(f'file{i}', 'wb').write(bytes(1 << 16))",
     "no Python": "\0",
+    "a message that is no text": "raise ValueError('\\ud800')",
 }
 FOOL_EXIT_STATUS = {name for name in ATTACKS if "exit status 0" in name or "SystemExit" in name or "always" in name}
 
@@ -149,6 +150,7 @@ def test_no_attack_passes_and_none_leaves_anything(sandbox):
     assert left_behind(tempfile.tempdir) == []
     assert [name for name, verdict in verdicts.items() if verdict.passed] == []
     assert {name for name, verdict in verdicts.items() if verdict.outcome == "timed out"} >= {"endless"}
+    assert all(verdict.detail.encode() or not verdict.detail for verdict in verdicts.values())
     assert not any("reached" in v.detail or "the tests are here" in v.detail for v in verdicts.values()), verdicts
 
 

@@ -106,9 +106,9 @@ def fill(run: EvalRun, candidate: Candidate, problems: list[CodeProblem]) -> lis
 
     def describe(task: InfillTask, ids: list[int]) -> dict:
         sample = samples[task.index]
-        problem = problems[sample.problem]
-        start, end = task.visible.index(False), len(task.ids) - task.visible[::-1].index(False)
-        return described(problem, sample, tokenizer.decode_gap(ids, range(start, end)))
+        gap = [position for position, given in enumerate(task.visible) if not given]
+        completion = tokenizer.decode_gap(ids, range(gap[0], gap[-1] + 1)) if gap else ""  # some spans are empty
+        return described(problems[sample.problem], sample, completion)
 
     run.decode(candidate, tasks, describe)
     return list(samples.values())

@@ -117,23 +117,27 @@ class Sandbox:
         job = {"program": program, "test": test, "entry_point": entry_point, "sentinel": sentinel}
         command = [self.python, *FLAGS, str(WARDEN), json.dumps(self._settings())]
         start = time.perf_counter()
-        done = subprocess.run(
-            command,
-            input=json.dumps(job).encode(),
-            capture_output=True,
-            env=ENVIRONMENT,
-            cwd="/",
-            start_new_session=True,
-            timeout=self.limits.wall + GRACE,
-            check=False,
-        )
+        try:
+            done = subprocess.run(
+                command,
+                input=json.dumps(job).encode(),
+                capture_output=True,
+                env=ENVIRONMENT,
+                cwd="/",
+                start_new_session=True,
+                timeout=self.limits.wall + GRACE,
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise SandboxError(f"the sandbox ({self.mode}) does not answer: {error}") from error
         seconds = time.perf_counter() - start
         if done.returncode == 1:
             raise SandboxError(f"the sandbox ({self.mode}) failed: {done.stderr.decode(errors='replace')[-500:]}")
         lines = done.stdout.splitlines()
         said = json.loads(lines[0]) if lines else {"outcome": "failed", "detail": "ended without a verdict"}
-        passed = said["outcome"] == "passed" and secrets.compare_digest(said["sentinel"], sentinel)
-        return Verdict(passed, said["outcome"], said["detail"], seconds)
+        if said["outcome"] == "passed" and said.get("sentinel") != sentinel:
+            said = {"outcome": "failed", "detail": "a verdict without the sentinel"}
+        detail = said["detail"].encode(errors="replace").decode()  # a program's message may hold half a character
+        return Verdict(said["outcome"] == "passed", said["outcome"], detail, seconds)
 
     def _problem(self) -> str | None:
         """Why this mode does not work here, if it does not."""
@@ -143,7 +147,7 @@ class Sandbox:
             right, wrong = (
                 self.run(CANARY, f"def check(double):\n    assert double(3) == {x}\n", "double") for x in (6, 7)
             )
-        except (SandboxError, subprocess.SubprocessError) as error:
+        except SandboxError as error:
             return str(error).strip()
         if right.passed and not wrong.passed:
             return None
