@@ -32,8 +32,8 @@ class Completion:
     ``ids_BN`` holds prompt and drawn tokens, ``logp_B`` (float64, nats) the log-probability of what was drawn under
     the law it was drawn from (for ``parallel`` that is the product of the marginals, not the model's joint).
     ``nfe_B`` counts the network calls that computed a prediction for the sequence, ``aux_nfe_B`` those of an auxiliary
-    draft model; entering a prompt into the cache predicts nothing and is not counted. ``proposed_BK`` drafts were put to
-    the test and ``accepted_BK`` of them kept, by draft index; the first draft of a two-pass round is exact and not
+    draft model; entering a prompt into the cache predicts nothing and is not counted. ``proposed_BK`` drafts were put
+    to the test and ``accepted_BK`` of them kept, by draft index; the first draft of a two-pass round is exact and not
     counted.
     ``seconds_B`` (float64) is the sequence's share of the wall clock: each round's time, in equal parts.
     """
