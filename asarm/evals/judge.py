@@ -47,8 +47,8 @@ class Judge:
             model = AutoModelForCausalLM.from_pretrained(path, revision=revision or None, dtype=torch.float32)
         except (OSError, ValueError) as error:
             raise ModelNotFoundError(
-                f"cannot load judge {name!r}: give a folder or a Hub id (with @revision) of a causal language model with "
-                f"its tokenizer ({reason(error)})"
+                f"cannot load judge {name!r}: give a folder or a Hub id (with @revision) of a causal language model "
+                f"and its tokenizer ({reason(error)})"
             ) from error
         self.model = model.to(this_device()).eval()
 

@@ -7,6 +7,7 @@ colour and marker in every figure.
 import math
 import re
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -126,8 +127,7 @@ def acceptance(records: Records) -> Figure | None:
     drawn = False
     for name, of_sampler in records.items():
         proposed, accepted = (
-            np.sum([record[key] for record in of_sampler], axis=0)
-            for key in ("proposed_by_index", "accepted_by_index")
+            np.sum([record[key] for record in of_sampler], axis=0) for key in ("proposed_by_index", "accepted_by_index")
         )
         index = np.flatnonzero(proposed)
         if len(index):
@@ -210,10 +210,41 @@ def equivalence(rows: Rows, margin: float) -> Figure | None:
     return figure
 
 
-def _with_intervals(axes: Axes, form: str, x: list[float], line: list[dict], key: str) -> None:
+def grid_figure(grid: dict[str, list], cells: list[dict]) -> Figure:
+    """Measures of every sampler against the grid's first setting, a column of panels for each value of the others.
+
+    A cell holds its settings and, under ``samplers``, the rows of its summary.
+    """
+    labels = {
+        "nfe_per_token": "calls/token",
+        "seconds_per_sequence": "s/sequence",
+        "log_prob_per_token": "log-prob/token",
+    }
+    first, *others = grid
+    columns = list(product(*(grid[key] for key in others)))
+    figure = Figure(figsize=(2.2 + 3.4 * len(columns), 1 + 2.3 * len(labels)), layout="constrained")
+    panels = figure.subplots(len(labels), len(columns), sharex=True, sharey="row", squeeze=False)
+    numeric = all(isinstance(value, int | float) for value in grid[first])
+    for column, values in enumerate(columns):
+        point = dict(zip(others, values, strict=True))
+        mine = [cell for cell in cells if all(cell[key] == value for key, value in point.items())]
+        x = [cell[first] if numeric else grid[first].index(cell[first]) for cell in mine]
+        for axes, key in zip(panels[:, column], labels, strict=True):
+            for name in mine[0]["samplers"]:
+                _with_intervals(axes, name, x, [cell["samplers"][name] for cell in mine], key)
+        panels[0, column].set_title(", ".join(f"{key} = {value}" for key, value in point.items()), fontsize=9)
+        panels[-1, column].set_xlabel(first)
+        panels[-1, column].set_xticks(x, [str(cell[first]) for cell in mine])
+    for axes, label in zip(panels[:, 0], labels.values(), strict=True):
+        axes.set_ylabel(label)
+    _finish(figure, *panels.flat)
+    return figure
+
+
+def _with_intervals(axes: Axes, label: str, x: list[float], line: list[dict], key: str) -> None:
     y = np.array([row[key] for row in line])
     error = [y - [row[f"{key}_low"] for row in line], [row[f"{key}_high"] for row in line] - y]
-    axes.errorbar(x, y, yerr=np.maximum(error, 0), capsize=2, markersize=6, linewidth=1.2, label=form, **_style(form))
+    axes.errorbar(x, y, yerr=np.maximum(error, 0), capsize=2, markersize=6, linewidth=1.2, label=label, **_style(label))
 
 
 def _finish(figure: Figure, *panels: Axes) -> None:
