@@ -6,6 +6,7 @@ colour and marker in every figure.
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -25,6 +26,7 @@ STYLES = {  # form of a sampler: colour, marker
     "assd-ngram": ("#CC79A7", "P"),
     "parallel": ("#D55E00", "X"),
 }
+DASHES = ("-", "--", ":", "-.")
 Rows = dict[str, dict]  # a summary's row by sampler
 Records = dict[str, list[dict]]
 
@@ -39,7 +41,7 @@ def draw_plots(folder: Path, records: Records, rows: Rows, margin: float) -> lis
         mine = {name.removeprefix(model): row for name, row in rows.items() if model_of(name) == model}
         own_records = {name: records[model + name] for name in mine}
         figures = {
-            "histograms": histograms(own_records, margin),
+            "histograms": histograms(own_records),
             "acceptance": acceptance(own_records),
             "calls_by_k": calls_by_k(mine),
             "quality_by_calls": quality_by_calls(mine, margin),
@@ -77,7 +79,7 @@ def _lines(rows: Rows) -> dict[str, list[dict]]:
     return {form: sorted(line, key=lambda row: row["k"]) for form, line in lines.items()}
 
 
-def histograms(records: Records, margin: float) -> Figure:
+def histograms(records: Records) -> Figure:
     """Log-probability, and the judge's perplexity where there is one: a line of panels a sampler, the reference behind
     each."""
     measures: dict[str, Callable[[dict], float]] = {
@@ -101,6 +103,7 @@ def histograms(records: Records, margin: float) -> Figure:
         panels[-1, column].set_xlabel(label)
     for panel, name in zip(panels[:, 0], names, strict=True):
         panel.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
+    figure.suptitle(f"share of the sequences; grey: {REFERENCE}, dashed: mean", fontsize=9)
     return figure
 
 
@@ -124,16 +127,18 @@ def acceptance(records: Records) -> Figure | None:
     """Share of the tested drafts that were kept, by draft index."""
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
-    drawn = False
+    lines = Counter()
     for name, of_sampler in records.items():
         proposed, accepted = (
             np.sum([record[key] for record in of_sampler], axis=0) for key in ("proposed_by_index", "accepted_by_index")
         )
         index = np.flatnonzero(proposed)
         if len(index):
-            axes.plot(index + 1, accepted[index] / proposed[index], **_style(name), label=name, markersize=5)
-            drawn = True
-    if not drawn:
+            dashes = DASHES[lines[form_of(name)] % len(DASHES)]  # the same form with another k
+            lines[form_of(name)] += 1
+            share = accepted[index] / proposed[index]
+            axes.plot(index + 1, share, dashes, **_style(name), label=name, markersize=5, alpha=0.8)
+    if not lines:
         return None
     axes.set(xlabel="draft index in the round", ylabel="share of the drafts kept", ylim=(0, 1.02))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -202,6 +207,7 @@ def equivalence(rows: Rows, margin: float) -> Figure | None:
             axes.errorbar(test["difference"], y, xerr=[[low], [high]], capsize=3, markersize=6, **_style(name))
         axes.set_title(titles[key], fontsize=9)
         axes.set_xscale("symlog", linthresh=2 * margin)  # the margin and a biased sampler in one picture
+        axes.set_xticks([-1, -margin, 0, margin, 1], [f"{x:g}" for x in (-1, -margin, 0, margin, 1)])
         axes.tick_params(axis="x", labelsize=8)
         axes.grid(alpha=0.3, axis="x")
     panels[0].set_yticks(range(len(found)), [f"{name}: {row[keys[0]]['verdict']}" for name, row in found.items()])
