@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, fields
+from pathlib import Path
 from typing import get_args, get_origin
 
 import docstring_parser
@@ -80,9 +81,15 @@ def run_train_draft_head(config: TrainHeadConfig) -> None:
 
 
 def run_eval_speculative(config: SpeculativeConfig) -> None:
-    from .evals.speculative import evaluate, report
+    from .evals.grid import evaluate_grid, grid_report
+    from .evals.speculative import evaluate, replot, report
 
-    _show(config, evaluate(config), report)
+    if config.replot is not None:
+        print(*replot(Path(config.replot)), sep="\n")
+    elif config.grid:
+        _show(config, evaluate_grid(config), grid_report)
+    else:
+        _show(config, evaluate(config), report)
 
 
 def run_eval_infill(config: InfillEvalConfig) -> None:

@@ -1,6 +1,7 @@
 """Settings of infilling, scoring and the evaluations; like :mod:`asarm.config`, it imports nothing heavy."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
+from itertools import product
 
 from ..config import ONE_PASS, SamplerConfig, require
 
@@ -12,6 +13,7 @@ CODE_BENCHMARKS = {  # the published files
     "random-span-light": "HumanEval-RandomSpanInfillingLight.jsonl.gz",
 }
 SANDBOXES = ("auto", "bwrap", "namespaces", "process")
+ORDERS = ("any-subset", "left-to-right")
 WORDS = {"separator": ","}  # a list field that may also be given as one word with commas
 
 
@@ -180,7 +182,16 @@ class SpeculativeConfig(DecodingConfig):
         data_file: raw text or JSON lines instead; with dataset wikitext split at its headings.
         num_sequences: packed sequences to mask.
         max_length: tokens in a sequence.
-        visible_fraction: share of the tokens that is given, a random subset.
+        visible_fraction: share of the tokens that is given.
+        order: any-subset (a random subset is given, the rest drawn in ascending position) or left-to-right (the
+            beginning is given).
+        limit: only the first so many of the sequences.
+        judge: causal language model for generative perplexity: a folder or Hub id, with @revision or without; may be
+            given afterwards, over the same output_dir.
+        margin: largest mean difference from sequential that counts as none: nats a token of log-probability and of
+            the judge, bits of entropy.
+        grid: settings to vary, each with a list of values, in a folder each; one table and figure at the end.
+        replot: only draw the figures of the finished run in this folder again.
     """
 
     output_dir: str = "runs/speculative"
@@ -192,12 +203,38 @@ class SpeculativeConfig(DecodingConfig):
     num_sequences: int = 64
     max_length: int = 128
     visible_fraction: float = 0.05
+    order: str = "any-subset"
+    limit: int | None = None
+    judge: str | None = None
+    margin: float = 0.1
+    grid: dict[str, list] = field(default_factory=dict)
+    replot: str | None = None
 
     def __post_init__(self):
         super().__post_init__()
         require(self.num_sequences >= 1, "num_sequences", self.num_sequences, "at least 1")
         require(self.max_length >= 2, "max_length", self.max_length, "at least 2")
         require(0 <= self.visible_fraction < 1, "visible_fraction", self.visible_fraction, "in [0, 1)")
+        require(self.order in ORDERS, "order", self.order, f"one of {', '.join(ORDERS)}")
+        require(self.limit is None or self.limit >= 1, "limit", self.limit, "at least 1")
+        require(self.margin > 0, "margin", self.margin, "above 0")
+        self.cells()
+
+    def cells(self) -> list["SpeculativeConfig"]:
+        """The runs that ``grid`` stands for, each with its own folder."""
+        known = {f.name for f in fields(self)} - {"grid", "replot", "output_dir", "json", "shard"}
+        for key, values in self.grid.items():
+            require(key in known, "grid", key, "made of settings of this evaluation")
+            now = getattr(self, key)
+            kind = (float, int) if isinstance(now, float) else object if now is None else type(now)
+            fits = isinstance(values, list) and bool(values) and all(isinstance(value, kind) for value in values)
+            require(fits, f"grid.{key}", values, f"a list of values such as {now!r}")
+        points = [dict(zip(self.grid, values, strict=True)) for values in product(*self.grid.values()) if values]
+        names = [",".join(f"{key}={value}" for key, value in point.items()) for point in points]
+        return [
+            replace(self, **point, grid={}, output_dir=f"{self.output_dir}/{name}")
+            for point, name in zip(points, names, strict=True)
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
