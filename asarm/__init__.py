@@ -3,8 +3,8 @@
 Reading order, each module importing only from those before it: errors, config, rng, embedded, runlog, tokenizer,
 orders, attention, model, cache, engine, memory, law, density, draft_head, drafter, sampling/ (accept, decoding,
 drafts, sequential, assd, parallel, sample), infilling, loading, data/ (sources, datasets, packing), train/ (schedule,
-objective, head_config, checkpoint, loop, draft_head), evals/ (config, shards, stats, metrics, records, tasks,
-decode, run, judge, plots, likelihood, speculative, grid, infill_eval, jail.isolation, jail.wire, jail.candidate,
+objective, head_config, checkpoint, loop, draft_head), evals/ (config, code_config, shards, stats, metrics, records,
+tasks, decode, run, judge, plots, likelihood, speculative, grid, infill_eval, jail.isolation, jail.wire, jail.candidate,
 jail.referee, jail.warden, sandbox, code_tasks, execution, code_infill), bench/ (config, clock, baselines, decode,
 memory, run), cli.
 

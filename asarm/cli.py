@@ -17,8 +17,8 @@ from jsonargparse import ActionConfigFile, ActionYesNo, ArgumentParser
 from .bench.config import BenchDecodeConfig
 from .config import TrainConfig
 from .errors import ConfigError, UserError
+from .evals.code_config import CodeInfillConfig
 from .evals.config import (
-    CodeInfillConfig,
     DecodingConfig,
     InfillConfig,
     InfillEvalConfig,

@@ -11,12 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from conftest import make_model
 from scipy.stats import binomtest
 
 from asarm.errors import ConfigError, DataFileError, SandboxError, TextError
-from asarm.evals.code_infill import encode, evaluate, report
+from asarm.evals.code_config import CODE_BENCHMARKS, CodeInfillConfig
+from asarm.evals.code_infill import encode, evaluate, parts, report
 from asarm.evals.code_tasks import CodeProblem, empty_line, line_above, pass_statement, read_problems
-from asarm.evals.config import CODE_BENCHMARKS, CodeInfillConfig
 from asarm.evals.execution import judge_controls, pass_at_k, wilson_interval
 from asarm.evals.sandbox import Sandbox, Verdict
 from asarm.runlog import read_lines
@@ -109,10 +110,9 @@ def test_samples_first_then_verdicts_and_scores(tmp_path, executes):
     evaluate(config)
     drawn = read_lines(tmp_path / "out" / "records.jsonl")
     summary = evaluate(replace(config, allow_code_execution=True))
-    records = read_lines(tmp_path / "out" / "records.jsonl")
-    assert [r for r in records if r["sampler"] in ("assd", "guess: empty line", "guess: line above")] == drawn
-    completions = {(r["sampler"], r["index"]): r for r in records if "completion" in r}
-    verdicts = {(r["sampler"].removesuffix(" verdict"), r["index"]): r for r in records if "outcome" in r}
+    assert read_lines(tmp_path / "out" / "records.jsonl") == drawn, "nothing is drawn again"
+    completions = {(r["sampler"], r["index"]): r for r in drawn}
+    verdicts = {(r["sampler"], r["index"]): r for r in read_lines(tmp_path / "out" / "verdicts.jsonl")}
     assert completions.keys() == verdicts.keys() and len(verdicts) == 4 * 3 + 4 * 5
     tests = {problem["task_id"]: problem for problem in PROBLEMS}
     for key, record in completions.items():
@@ -145,7 +145,7 @@ def test_an_empty_span_is_filled_with_nothing(tmp_path):
     whole = {"prompt": "def f(x):\n    return 2", "canonical_solution": "", "suffix": " * x\n", "task_id": "T/empty"}
     file = write(tmp_path / "empty.jsonl", [PROBLEMS[0] | whole, PROBLEMS[1]])
     summary = evaluate(settings(tmp_path, data_file=file, samplers=["assd", "sequential"]))
-    first, second = read_lines(tmp_path / "out" / "records.jsonl")[:2]
+    first, second = (r for r in read_lines(tmp_path / "out" / "records.jsonl") if r["sampler"] == "sequential")
     assert first["completion"] == "" and first["exact_match"] == 100 and second["completion"] != ""
     assert summary["samplers"]["sequential"]["gap_tokens"] == second["masked"] / 2
 
@@ -187,19 +187,18 @@ def test_a_kill_in_the_middle_loses_only_the_programs_in_flight(tmp_path, execut
     command = [sys.executable, "-m", "asarm", "eval", "code-infill", "--allow_code_execution", "--workers=2"]
     command += [f"--data_file={config.data_file}", f"--output_dir={config.output_dir}"]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    log = tmp_path / "out" / "records.jsonl"
-    while not log.exists() or sum("outcome" in r for r in read_lines(log)) < 8:
+    log = tmp_path / "out" / "verdicts.jsonl"
+    while not log.exists() or len(read_lines(log)) < 8:
         assert process.poll() is None, "it ended before it was killed"
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
     before = read_lines(log)
-    verdicts = [r for r in before if "outcome" in r]
-    assert 8 <= len(verdicts) < 8 * 6
+    assert 8 <= len(before) < 8 * 6
     summary = evaluate(config)
     after = {(r["sampler"], r["index"]): r for r in read_lines(log)}
     assert all(after[r["sampler"], r["index"]] == r for r in before), "what was recorded stays"
-    assert summary["complete"] and summary["execution"]["objections"] == []
+    assert summary["complete"] and len(after) == 8 * 6 and summary["execution"]["objections"] == []
 
 
 def test_shards_share_the_execution(tmp_path, executes):
@@ -221,11 +220,26 @@ def test_settings_that_make_no_sense(wrong):
         CodeInfillConfig(**wrong)
 
 
-def test_a_vocabulary_that_changes_programs_is_refused(data_dir):
-    xlnet = TextTokenizer.from_pretrained(str(data_dir / "tokenizers" / "xlnet-base-cased"))
-    _, problems = read_problems(CodeInfillConfig(limit=1))
+def test_a_vocabulary_without_line_breaks_is_refused(tmp_path, data_dir):
+    xlnet = str(data_dir / "tokenizers" / "xlnet-base-cased")
+    make_model(32000, mask_token_id=6, spread=0.02).save_pretrained(tmp_path / "model")
     with pytest.raises(TextError, match="does not keep the text"):
-        encode(xlnet, problems[0])
+        evaluate(settings(tmp_path, model=str(tmp_path / "model"), tokenizer=xlnet))
+
+
+def test_a_vocabulary_that_changes_some_programs_is_reported(tmp_path, monkeypatch):
+    """And the program that is executed, and the record's reference, are the published ones."""
+    whole = TextTokenizer.encode_batch
+    monkeypatch.setattr(
+        TextTokenizer, "encode_batch", lambda self, texts: whole(self, [t.replace("*", "+") for t in texts])
+    )
+    monkeypatch.setattr(TextTokenizer, "encode", lambda self, text: self.encode_batch([text])[0])
+    summary = evaluate(settings(tmp_path))
+    altered = {
+        r["name"]: r["altered"] for r in read_lines(tmp_path / "out" / "records.jsonl") if r["sampler"] == "assd"
+    }
+    assert altered == {"T/double": True, "T/square": True, "T/branch": False, "T/minus": False}
+    assert "assd: the vocabulary changes 2 programs" in report(summary)
 
 
 @pytest.mark.parametrize(("benchmark", "count"), [("single-line", 1033), ("multi-line", 5815)])
@@ -233,8 +247,8 @@ def test_the_published_problems_survive_the_vocabulary_to_the_byte(data_dir, ben
     name, problems = read_problems(CodeInfillConfig(benchmark=benchmark))
     assert name.endswith(CODE_BENCHMARKS[benchmark]) and len(problems) == count
     tokenizer = TextTokenizer.from_pretrained("tiny-english")
-    for part in {part for p in problems for part in (p.prompt, p.canonical_solution, p.suffix)}:
-        assert tokenizer.decode(tokenizer.encode(part)) == part
+    texts = sorted({part for problem in problems[:1033] for part in parts(problem)})
+    assert [tokenizer.decode(ids) for ids in tokenizer.encode_batch(texts)] == texts
     task = encode(tokenizer, problems[7])
     assert task.visible.count(False) == len(tokenizer.encode(problems[7].canonical_solution))
 

@@ -1,28 +1,19 @@
-"""Infilling evaluations: tasks read to the byte, scores against hand-worked cases, real files where they are."""
-
-import gzip
-import json
+"""Story infilling: tasks read to the byte, scores against hand-worked cases, real files where they are."""
 
 import pytest
 
 from asarm.data.sources import read_documents
 from asarm.errors import DataFileError
-from asarm.evals.config import CodeInfillConfig, NlpInfillConfig
+from asarm.evals.config import NlpInfillConfig
 from asarm.evals.infill_eval import evaluate, report
 from asarm.evals.metrics import code_similarity, rouge
-from asarm.evals.tasks import read_code_gaps, read_nlp_gaps
+from asarm.evals.tasks import read_nlp_gaps
 from asarm.runlog import read_lines
 
 HEADER = (
     "InputStoryid,InputSentence1,InputSentence2,InputSentence3,InputSentence4,"
     "RandomFifthSentenceQuiz1,RandomFifthSentenceQuiz2,AnswerRightEnding"
 )
-PROBLEM = {
-    "task_id": "SingleLineInfilling/T/0",
-    "prompt": "def f(x):\n",
-    "canonical_solution": "    return x\n",
-    "suffix": "\n\n# end\n",
-}
 
 
 @pytest.fixture
@@ -63,18 +54,6 @@ def test_the_sample_stories_serve_without_the_data_folder(monkeypatch):
     assert [gap.prefix + gap.reference + gap.suffix for gap in gaps] == stories
 
 
-def test_code_problems_and_their_errors(tmp_path):
-    path = tmp_path / "p.jsonl.gz"
-    with gzip.open(path, "wt") as file:
-        file.write(json.dumps(PROBLEM) + "\n")
-    _, (gap,) = read_code_gaps(CodeInfillConfig(data_file=str(path)))
-    assert gap.prefix + gap.reference + gap.suffix == "def f(x):\n    return x\n\n\n# end\n"
-    plain = tmp_path / "q.jsonl"
-    plain.write_text(json.dumps({k: v for k, v in PROBLEM.items() if k != "suffix"}) + "\n")
-    with pytest.raises(DataFileError, match=r"line 1 lacks \['suffix'\]"):
-        read_code_gaps(CodeInfillConfig(data_file=str(plain)))
-
-
 def test_scores_against_hand_worked_cases():
     # "the cat sat" against "the cat ran off": 2 of 3 and 2 of 4 unigrams, 1 of 2 and 1 of 3 bigrams, subsequence of 2
     scores = rouge("The cat ran off.", "the cat sat")
@@ -104,24 +83,8 @@ def test_stories_are_infilled_scored_and_resumed(tmp_path):
     assert read_lines(tmp_path / "records.jsonl") == records
 
 
-def test_code_is_infilled_and_written_for_the_published_evaluator(tmp_path):
-    (tmp_path / "p.jsonl").write_text(json.dumps(PROBLEM) + "\n")
-    summary = evaluate(CodeInfillConfig(data_file=str(tmp_path / "p.jsonl"), output_dir=str(tmp_path / "out")))
-    (sample,) = read_lines(tmp_path / "out" / "samples-assd.jsonl")
-    (record,) = read_lines(tmp_path / "out" / "records.jsonl")
-    assert sample == {"task_id": PROBLEM["task_id"], "completion": record["completion"]}
-    assert 0 <= summary["samplers"]["assd"]["edit_similarity"] <= 100
-    assert "exact match" in report(summary)
-
-
 @pytest.mark.parametrize("task", ["rocstories-1of5", "rocstories-3of5"])
 def test_the_real_stories_are_read_whole(data_dir, task):
     name, gaps = read_nlp_gaps(NlpInfillConfig(task=task))
     assert name.startswith(str(data_dir)) and len(gaps) == 1871
     assert all(gap.prefix and gap.reference.strip() and gap.suffix for gap in gaps)
-
-
-@pytest.mark.parametrize(("benchmark", "count"), [("single-line", 1033), ("multi-line", 5815)])
-def test_the_real_code_problems_are_read_whole(data_dir, benchmark, count):
-    _, gaps = read_code_gaps(CodeInfillConfig(benchmark=benchmark))
-    assert len(gaps) == count

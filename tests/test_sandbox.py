@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from asarm.errors import SandboxError
-from asarm.evals.config import SANDBOXES
+from asarm.evals.code_config import SANDBOXES
 from asarm.evals.sandbox import COVERS, Limits, Sandbox
 
 ROOT = Path(__file__).parents[1]

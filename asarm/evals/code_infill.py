@@ -3,8 +3,8 @@
 The model is told the true number of tokens of each gap, that of the published solution, as in the published protocol
 (Guo & Ermon 2025). Completions are what was drawn, to the byte: nothing is cut off.
 
-Each completion is a record, and its verdict another, of the system ``<system> verdict``: a run may sample first and be
-started again with ``--allow_code_execution``.
+Two phases, each going on where it was stopped: completions (``records.jsonl``) and their verdicts (``verdicts.jsonl``).
+A run may sample first, and be started again with ``--allow_code_execution``.
 """
 
 import json
@@ -13,15 +13,15 @@ import os
 import re
 import sys
 from collections import defaultdict
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from ..density import require_memory_for_density
 from ..infilling import InfillTask
 from ..runlog import write_atomic
 from ..tokenizer import TextTokenizer
+from .code_config import CodeInfillConfig
 from .code_tasks import CodeProblem, empty_line, line_above, read_problems
-from .config import CodeInfillConfig
 from .execution import CONTROLS, execute, judge_controls, pass_at_k, wilson_interval
 from .metrics import code_similarity
 from .run import Candidate, EvalRun
@@ -29,7 +29,6 @@ from .sandbox import Limits, Sandbox
 from .stats import mean_and_se, table, with_interval, with_se
 
 GUESSERS = {"guess: empty line": empty_line, "guess: line above": line_above}
-VERDICT = " verdict"
 COST = {
     "gap_tokens": lambda r: r["masked"],
     "nfe_per_token": lambda r: r["nfe"] / max(r["masked"], 1),
@@ -45,19 +44,11 @@ HEADINGS = {
     "log_prob_per_token": "log-prob/token",
     "seconds_per_sequence": "s/sequence",
 }
+INDENTED = "def f(x):\n    return x\n"
 WARNING = (
     "warning: --allow_code_execution runs programs that a model wrote. They run in a sandbox ({mode}; network: "
     "{network}, files: {files}), which is not proof against everything: see asarm/evals/sandbox.py"
 )
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Completion ``sample`` of problem ``problem``; ``index`` numbers the run's samples."""
-
-    index: int
-    problem: int
-    sample: int
 
 
 def evaluate(config: CodeInfillConfig) -> dict:
@@ -65,22 +56,17 @@ def evaluate(config: CodeInfillConfig) -> dict:
     source, problems = read_problems(config)
     sandbox = open_sandbox(config) if config.allow_code_execution else None
     run = EvalRun(config)
-    systems = {}  # the samples of each
     for candidate in run.candidates():
-        samples = fill(run, candidate.without_special_tokens(), problems)
-        systems |= {candidate.prefix + name: samples for name in candidate.samplers}
-    for system, complete in (GUESSERS | CONTROLS if sandbox else GUESSERS).items():
-        systems[system] = [Sample(p.index, p.index, 0) for p in problems]
-        for sample in run.todo(system, systems[system]):
-            problem = problems[sample.problem]
-            run.add(system, sample.index, described(problem, sample, complete(problem)))
+        fill(run, candidate.without_special_tokens(), problems)
+    for system, complete in (GUESSERS | CONTROLS).items():
+        for problem in run.todo(system, problems):
+            run.add(system, problem.index, described(problem, complete(problem)))
     if sandbox:
-        run.log.identify("sandbox", {"mode": sandbox.mode, "limits": asdict(sandbox.limits)})
-        record_verdicts(run, systems, problems, sandbox)
+        record_verdicts(run, problems, sandbox)
 
     def summarise(records: dict[str, list[dict]]) -> dict:
-        write_samples(run.folder, {system: records[system] for system in systems})
-        rows = {system: costs_and_likeness(records[system]) for system in systems if system not in CONTROLS}
+        write_samples(run.folder, records)
+        rows = {system: costs_and_likeness(of) for system, of in records.items() if system not in CONTROLS}
         summary = {"samplers": rows, "text": source, "num_texts": len(problems), "execution": None}
         if sandbox:
             summary["execution"] = {"sandbox": sandbox.describe()} | add_scores(config, rows, records)
@@ -96,56 +82,57 @@ def open_sandbox(config: CodeInfillConfig) -> Sandbox:
     return sandbox
 
 
-def fill(run: EvalRun, candidate: Candidate, problems: list[CodeProblem]) -> list[Sample]:
-    """Draw and record every problem's completions; returns the samples that they are."""
+def fill(run: EvalRun, candidate: Candidate, problems: list[CodeProblem]) -> None:
+    """Draw and record every problem's completions. Sample s of problem p has the index p * num_samples + s.
+
+    Raises :class:`TextError` for a vocabulary without line breaks and indentation. One that changes some programs all
+    the same (XLNet's, with its whitespace map) only shows the model changed text, and the records say so.
+    """
     n, tokenizer = run.config.num_samples, candidate.tokenizer
-    samples = {p.index * n + s: Sample(p.index * n + s, p.index, s) for p in problems for s in range(n)}
+    tokenizer.check_lossless(INDENTED)
     encoded = [encode(tokenizer, problem) for problem in problems]
-    tasks = [replace(encoded[sample.problem], index=index) for index, sample in samples.items()]
-    require_memory_for_density(candidate.model, run.config.batch_size, max(len(task.ids) for task in tasks))
+    require_memory_for_density(candidate.model, run.config.batch_size, max(len(task.ids) for task in encoded))
+    tasks = [replace(task, index=p * n + s) for p, task in enumerate(encoded) for s in range(n)]
+    altered = [any(tokenizer.decode(tokenizer.encode(part)) != part for part in parts(p)) for p in problems]
 
     def describe(task: InfillTask, ids: list[int]) -> dict:
-        sample = samples[task.index]
         gap = [position for position, given in enumerate(task.visible) if not given]
         completion = tokenizer.decode_gap(ids, range(gap[0], gap[-1] + 1)) if gap else ""  # some spans are empty
-        return described(problems[sample.problem], sample, completion)
+        return {"altered": altered[task.index // n], **described(problems[task.index // n], completion)}
 
     run.decode(candidate, tasks, describe)
-    return list(samples.values())
+
+
+def parts(problem: CodeProblem) -> tuple[str, str, str]:
+    """Before the gap, in it, and after it."""
+    return problem.prompt, problem.canonical_solution, problem.suffix
 
 
 def encode(tokenizer: TextTokenizer, problem: CodeProblem) -> InfillTask:
     """The program's tokens, the solution's masked; each of the three parts is encoded by itself, as a user's text with
-    a gap is. Raises :class:`TextError` where the vocabulary changes a byte."""
-    ids, visible = [], []
-    for part, given in ((problem.prompt, True), (problem.canonical_solution, False), (problem.suffix, True)):
-        part_ids = tokenizer.encode(part)
-        tokenizer.check_lossless(part)
-        ids += part_ids
-        visible += [given] * len(part_ids)
-    return InfillTask(ids, visible)
+    a gap is."""
+    before, gap, after = tokenizer.encode_batch(list(parts(problem)))
+    return InfillTask(before + gap + after, [True] * len(before) + [False] * len(gap) + [True] * len(after))
 
 
-def described(problem: CodeProblem, sample: Sample, completion: str) -> dict:
+def described(problem: CodeProblem, completion: str) -> dict:
     """What a record says of a completion."""
     reference = problem.canonical_solution
     likeness = code_similarity(reference, completion)
-    where = {"name": problem.task_id, "problem": sample.problem, "sample": sample.sample}
-    return {**where, **likeness, "completion": completion, "reference": reference}
+    return {"name": problem.task_id, **likeness, "completion": completion, "reference": reference}
 
 
-def record_verdicts(
-    run: EvalRun, systems: dict[str, list[Sample]], problems: list[CodeProblem], sandbox: Sandbox
-) -> None:
+def record_verdicts(run: EvalRun, problems: list[CodeProblem], sandbox: Sandbox) -> None:
     """Execute this process's share of the completions that have no verdict; equal programs are run once."""
+    log = run.second_phase("verdicts", {"mode": sandbox.mode, "limits": asdict(sandbox.limits)})
+    by_name = {problem.task_id: problem for problem in problems}
     waiting = defaultdict(list)
-    for system, samples in systems.items():
-        for sample in run.todo(system + VERDICT, samples):
-            completion = run.log.records[system, sample.index]["completion"]
-            waiting[problems[sample.problem], completion].append((system, sample))
+    for record in run.own_records():
+        if (key := (record["sampler"], record["index"])) not in log.records:
+            waiting[by_name[record["name"]], record["completion"]].append(key)
     for job, verdict in execute(list(waiting), sandbox, run.config.workers or len(os.sched_getaffinity(0))):
-        for system, sample in waiting[job]:
-            run.add(system + VERDICT, sample.index, {"name": job[0].task_id, **asdict(verdict)})
+        for system, index in waiting[job]:
+            log.add({"sampler": system, "index": index, **asdict(verdict)})
 
 
 def costs_and_likeness(records: list[dict]) -> dict:
@@ -154,20 +141,20 @@ def costs_and_likeness(records: list[dict]) -> dict:
     for key, measure in (LIKENESS | COST if "nfe" in records[0] else LIKENESS).items():
         by_problem = defaultdict(list)
         for record in records:
-            by_problem[record["problem"]].append(measure(record))
+            by_problem[record["name"]].append(measure(record))
         row[key], row[f"{key}_se"] = mean_and_se([math.fsum(v) / len(v) for v in by_problem.values()])
-    return row
+    return row | {"altered": len({record["name"] for record in records if record.get("altered")})}
 
 
 def add_scores(config: CodeInfillConfig, rows: dict[str, dict], records: dict[str, list[dict]]) -> dict:
     """Judge the controls and, unless they show that something is wrong, add pass@k to the rows."""
-    passed = {system: verdicts_by_task(records[system + VERDICT]) for system in [*rows, *CONTROLS]}
+    passed = {system: verdicts_by_task(of_system) for system, of_system in records.items()}
     controls = {name: {task: all(v) for task, v in passed[name].items()} for name in CONTROLS}
     judged = judge_controls(None if config.data_file else config.benchmark, controls)
     if not judged["objections"]:
         for system, row in rows.items():
             row |= scores(passed[system], [k for k in config.pass_k if k == 1 or system not in GUESSERS])
-    timed_out = sum(r["outcome"] == "timed out" for of in records.values() for r in of if "outcome" in r)
+    timed_out = sum(record["outcome"] == "timed out" for of_system in records.values() for record in of_system)
     return judged | {"timed_out": timed_out}
 
 
@@ -209,6 +196,9 @@ def report(summary: dict) -> str:
     headings = {f"pass@{k}": f"pass@{k} (%)" for k in config["pass_k"]} | HEADINGS
     headings = {key: text for key, text in headings.items() if any(key in row for row in rows.values())}
     lines = [title, table(rows, headings, cell)]
+    lines += [
+        f"{system}: the vocabulary changes {row['altered']} programs" for system, row in rows.items() if row["altered"]
+    ]
     if execution is None:
         return "\n".join([*lines, "no pass@k: nothing was executed; --allow_code_execution does that"])
     lines += [f"no pass@k: the controls are not as expected: {problem}" for problem in execution["objections"]]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..data.sources import resolve_path
 from ..errors import DataFileError
-from .config import CODE_BENCHMARKS, CodeInfillConfig
+from .code_config import CODE_BENCHMARKS, CodeInfillConfig
 
 FOLDER = "$ASARM_DATA_DIR/eval/humaneval_infill"
 KEYS = ("task_id", "prompt", "canonical_solution", "suffix", "test", "entry_point")

@@ -44,7 +44,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..errors import SandboxError
-from .config import SANDBOXES
+from .code_config import SANDBOXES
 
 WARDEN = Path(__file__).parent / "jail" / "warden.py"
 FLAGS = ("-s", "-S", "-B")  # no site-packages, nothing compiled left behind
@@ -72,12 +72,12 @@ class Limits:
 
 @dataclass(frozen=True)
 class Verdict:
-    """``outcome`` is passed, failed or timed out; ``detail`` says how; ``seconds`` of wall clock, start included."""
+    """``outcome`` is passed, failed or timed out; ``detail`` says how. The seconds are by the clock, start included."""
 
     passed: bool
     outcome: str
     detail: str
-    seconds: float
+    execution_seconds: float
 
 
 class Sandbox:
