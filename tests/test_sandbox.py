@@ -230,6 +230,7 @@ def test_limits_are_those_asked_for(sandbox):
         ("def f(x): return (1, [2.5, None], {'a': (True,)})", "assert f(0) == (1, [2.5, None], {'a': (True,)})"),
         ("def f(x): return map(str, x)", "y = f([1, 2])\n assert y != ['1', '2'] and tuple(y) == ('1', '2')"),
         ("def f(x): return x / 0", "try: f(1)\n except ZeroDivisionError: pass\n else: assert False"),
+        ("def f(x): return int(x)", "try: f('a')\n except ValueError: pass\n else: assert False"),
         ("import collections\ndef f(x): return collections.Counter(x)", "assert f('aab') == {'a': 2, 'b': 1}"),
         ("def f(x): return 10 ** x", "assert f(10000) == 10 ** 10000"),
         (
@@ -277,6 +278,11 @@ def wait_until(condition) -> None:
     while not condition():
         assert time.monotonic() < deadline, "in vain"
         time.sleep(0.02)
+
+
+def test_a_test_without_a_check_is_not_given_the_programs(any_sandbox):
+    program = "def check(f): pass\n" + RIGHT
+    assert not any_sandbox.run(program, "check\n", "double").passed
 
 
 def test_a_mode_that_does_not_work_is_an_error(monkeypatch):

@@ -48,10 +48,10 @@ def judge(program: "Program", job: dict) -> dict:
 
 def borrowed_names(program: "Program", test: str) -> dict:
     """The names that the tests may have from the program: modules of the standard library, functions, values. They
-    cannot shadow a builtin; what the tests define themselves comes later and wins."""
+    cannot shadow a builtin or be ``check``; what the tests define themselves comes later and wins."""
     used = {node.id for node in ast.walk(ast.parse(test)) if isinstance(node, ast.Name)}
     namespace = {"__name__": "test"}
-    for name in sorted(used - set(dir(builtins))):
+    for name in sorted(used - {"check", *dir(builtins)}):
         kind, *value = program.ask("get", name)
         if kind == "module" and name in sys.stdlib_module_names:
             namespace[name] = importlib.import_module(name)
@@ -94,14 +94,15 @@ class Program:
         code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         if -code == signal.SIGXCPU:
             return OutOfTime("CPU time")
-        return ProgramEnded(signal.Signals(-code).name if code < 0 else f"exit status {code}")
+        return ProgramEnded(f"signal {-code}" if code < 0 else f"exit status {code}")
 
     def function(self, name: str):
         """A function of the program. Lists, dictionaries and sets among its arguments change as they did there."""
 
         def call(*args, **kwargs):
+            answer = self.ask("call", name, list(args), kwargs)
             try:
-                _, result, changed = self.ask("call", name, list(args), kwargs)
+                _, result, changed = answer
                 for mine, theirs in zip(args, changed, strict=True):
                     update(mine, theirs)
             except (ValueError, TypeError) as error:
