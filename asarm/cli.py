@@ -102,9 +102,14 @@ def run_bench_decode(config: BenchDecodeConfig) -> None:
 def _show(config: DecodingConfig, summary: dict, report: Callable[[dict], str]) -> None:
     if config.json:
         print(json.dumps(summary, ensure_ascii=False))
-    else:
+    elif summary["complete"]:
         print(report(summary))
         print(f"records and summary: {config.output_dir}")
+    else:
+        print(
+            f"this share of the run is done; {summary['recorded']} of {summary['expected']} records are in "
+            f"{config.output_dir}, and the process that adds the last one writes the summary"
+        )
 
 
 def _text(text: str) -> str:

@@ -74,9 +74,14 @@ class SamplerConfig:
 
     @classmethod
     def named(cls, name: str, one_pass: bool | None = False, **settings) -> "SamplerConfig":
-        """From a name as in the evaluations' tables, where one-pass forms end in ``+one-pass``."""
-        base = name.removesuffix(ONE_PASS)
-        return cls(base, one_pass=True if base != name else one_pass, **settings)
+        """From a name as in the evaluations' tables: ``assd-head``, ``assd-head+one-pass`` and, with a ``k`` of its own
+        instead of that of ``settings``, ``assd-head+one-pass:8``."""
+        form, _, k = name.partition(":")
+        if k:
+            require(k.isdecimal(), "k", k, f"a whole number after the colon of {name!r}")
+            settings["k"] = int(k)
+        base = form.removesuffix(ONE_PASS)
+        return cls(base, one_pass=True if base != form else one_pass, **settings)
 
     @property
     def full_name(self) -> str:
@@ -119,16 +124,26 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class MaskingConfig:
-    """Share of a row's tokens that is predicted: uniform in a range that moves from start to final over warmup_steps
-    (Guo & Ermon 2025)."""
+    """Which of a row's tokens are predicted.
+
+    Args:
+        start_low: the share of the tokens is uniform in start_low..start_high at first
+        start_high: (Guo & Ermon 2025),
+        final_low: and in final_low..final_high
+        final_high: from warmup_steps on.
+        warmup_steps: steps over which the range moves.
+        span_fraction: share of the rows whose predicted tokens are a few contiguous spans instead of a random subset.
+    """
 
     start_low: float = 0.15
     start_high: float = 0.15
     final_low: float = 0.85
     final_high: float = 0.99
     warmup_steps: int = 5000
+    span_fraction: float = 0.0
 
     def __post_init__(self):
+        require(0 <= self.span_fraction <= 1, "masking.span_fraction", self.span_fraction, "in [0, 1]")
         require(self.warmup_steps >= 0, "masking.warmup_steps", self.warmup_steps, "0 or more")
         for which in ("start", "final"):
             low, high = getattr(self, f"{which}_low"), getattr(self, f"{which}_high")

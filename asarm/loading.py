@@ -1,5 +1,7 @@
 """A model and its tokenizer by name."""
 
+import os
+
 import torch
 from transformers.utils import logging
 
@@ -16,7 +18,15 @@ def load(
     loaded_tokenizer = load_tokenizer(model, revision, tokenizer)
     loaded = AnySubsetLM.from_pretrained(model, revision=revision, dtype=getattr(torch, dtype))
     check_vocabulary(loaded, loaded_tokenizer)
-    return loaded.to("cuda" if torch.cuda.is_available() else "cpu").eval(), loaded_tokenizer
+    return loaded.to(this_device()).eval(), loaded_tokenizer
+
+
+def this_device() -> torch.device:
+    """The GPU of this process (of several on a machine, each its own), or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
+    return torch.device("cuda", local_rank % torch.cuda.device_count())
 
 
 def load_tokenizer(model: str | None, revision: str, tokenizer: str | None) -> TextTokenizer:

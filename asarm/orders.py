@@ -101,6 +101,23 @@ def random_visible(length: int, visible_fraction: float, generator: np.random.Ge
     return visible_N
 
 
+def random_spans(
+    length: int, visible_fraction: float, generator: np.random.Generator, max_spans: int = 8
+) -> torch.Tensor:
+    """As :func:`random_visible`, but the positions to predict are one to ``max_spans`` contiguous spans, as gaps in
+    texts and programs are. Spans that touch are one."""
+    visible_N = random_visible(length, visible_fraction, generator)
+    n_visible = int(visible_N.sum())
+    n_spans = min(int(generator.integers(1, max_spans + 1)), length - n_visible)
+    # where the masked tokens are cut into spans, and how many given ones stand before each span
+    cuts = np.sort(generator.choice(np.arange(1, length - n_visible), n_spans - 1, replace=False))
+    before = np.sort(generator.integers(0, n_visible + 1, n_spans))
+    masked = np.arange(length - n_visible)
+    visible_N[:] = True
+    visible_N[torch.from_numpy(masked + before[np.searchsorted(cuts, masked, side="right")])] = False
+    return visible_N
+
+
 def may_attend(rank_BN: torch.Tensor, limit_BR: torch.Tensor) -> torch.Tensor:
     """The attention mask [B, R, N]: True where a row may attend to a slot."""
     return rank_BN[:, None, :] < limit_BR[:, :, None]

@@ -28,7 +28,7 @@ def prepare_output_dir(name: str) -> Path:
 
 def write_atomic(path: Path, text: str) -> None:
     """Replace a file as a whole: a reader, or a crash, sees the old contents or the new ones."""
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
     with open(partial, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -47,15 +47,20 @@ def append_line(path: Path, record: dict) -> None:
 
 
 def read_lines(path: Path) -> list[dict]:
-    """The JSON records of a file, none if it does not exist. A last line that a kill tore is cut off, in the file
-    too."""
-    if not path.exists():
-        return []
-    data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if whole != data:
-        write_atomic(path, whole.decode())
-    return [json.loads(line) for line in whole.split(b"\n") if line]
+    """The JSON records of a file, without a last line that is not complete (torn by a kill, or being written)."""
+    return [json.loads(line) for line in _whole_lines(path.read_bytes()).split(b"\n") if line]
+
+
+def cut_torn_line(path: Path) -> None:
+    """Make a file that a kill may have cut short fit to be appended to. There need be no file."""
+    if path.exists():
+        data = path.read_bytes()
+        if (whole := _whole_lines(data)) != data:
+            write_atomic(path, whole.decode())
+
+
+def _whole_lines(data: bytes) -> bytes:
+    return data[: data.rfind(b"\n") + 1]
 
 
 def provenance() -> dict:

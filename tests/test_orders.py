@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from asarm.errors import ConfigError
-from asarm.orders import Order, content_limit, random_visible, rows_at_ranks
+from asarm.orders import Order, content_limit, random_spans, random_visible, rows_at_ranks
 
 
 def test_every_subset_of_five_positions():
@@ -72,3 +72,19 @@ def test_random_subset_has_the_asked_size_and_leaves_something_to_predict():
 def test_errors_name_the_value(make, message):
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+@pytest.mark.parametrize(("length", "visible_fraction"), [(2, 0.0), (5, 0.5), (40, 0.1), (40, 0.5), (40, 0.9)])
+def test_random_spans_hide_as_many_tokens_as_a_random_subset_in_a_few_runs(length, visible_fraction):
+    rng = np.random.default_rng(0)
+    masked = int((~random_visible(length, visible_fraction, rng)).sum())
+    runs_seen, hidden = set(), torch.zeros(length)
+    for _ in range(400):
+        visible_N = random_spans(length, visible_fraction, rng)
+        assert int((~visible_N).sum()) == masked
+        starts_N = ~visible_N & torch.cat([torch.tensor([True]), visible_N[:-1]])
+        runs_seen.add(int(starts_N.sum()))
+        hidden += ~visible_N
+    assert max(runs_seen) <= min(8, masked)
+    assert hidden.min() > 0  # every position is hidden at times
+    assert len(runs_seen) > 1 or length < 40

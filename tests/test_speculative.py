@@ -13,6 +13,7 @@ from asarm.errors import OutputDirError
 from asarm.evals.config import SpeculativeConfig
 from asarm.evals.metrics import token_entropy
 from asarm.evals.records import RecordLog
+from asarm.evals.shards import Shard
 from asarm.evals.speculative import evaluate, report
 from asarm.evals.stats import mean_and_se
 from asarm.runlog import read_lines
@@ -78,7 +79,7 @@ def test_the_same_settings_over_another_text_are_another_run(tmp_path):
     evaluate(config)
     evaluate(config)  # nothing changed: goes on, with nothing left to do
     text.write_text("The old dog ran to the park. " * 9)
-    with pytest.raises(OutputDirError, match="tasks: '"):
+    with pytest.raises(OutputDirError, match="items: '"):
         evaluate(config)
 
 
@@ -109,12 +110,12 @@ def test_bfloat16_runs_every_sampler(tmp_path):
 
 
 def test_records_with_any_character_are_read_back(tmp_path):
-    log = RecordLog(tmp_path, {}, {})
+    log = RecordLog(tmp_path, {}, Shard())
     odd = {"sampler": "assd", "index": 0, "text": "line\u2028separator\u0085next\x1c end"}
     log.add(odd)
     with open(tmp_path / "records.jsonl", "ab") as file:
         file.write('{"text": "caf\u00e9'.encode()[:-1])  # torn inside a character
-    assert RecordLog(tmp_path, {}, {}).records == {("assd", 0): odd}
+    assert RecordLog(tmp_path, {}, Shard()).records == {("assd", 0): odd}
 
 
 def test_a_killed_run_goes_on_where_it_was(finished, tmp_path):
@@ -151,7 +152,7 @@ def test_a_folder_of_another_run_is_refused(finished):
 
 def test_record_log_cuts_a_torn_line(tmp_path):
     (tmp_path / "records.jsonl").write_text('{"sampler": "assd", "index": 0}\n{"samp')
-    log = RecordLog(tmp_path, {}, {})
+    log = RecordLog(tmp_path, {}, Shard())
     assert list(log.records) == [("assd", 0)]
     log.add({"sampler": "assd", "index": 1})
     assert (tmp_path / "records.jsonl").read_text().count("\n") == 2

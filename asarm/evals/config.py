@@ -122,12 +122,16 @@ class DecodingConfig(SamplingConfig):
 
     Args:
         output_dir: receives config.yaml, records.jsonl and summary.json; a run that was stopped goes on there.
-        samplers: sequential, assd, assd+one-pass, assd-head, assd-head+one-pass, assd-ngram, parallel (biased).
+        samplers: sequential, assd, assd+one-pass, assd-head, assd-head+one-pass, assd-ngram, parallel (biased); with a
+            k of its own: assd:8.
+        baselines: further models (name, or Hub id@revision), with the same samplers in the same run.
         bonus_token: one more token after k accepted drafts (one-pass forms always draw it).
         draft_only_temperature: the temperature shapes only drafts (assd forms); the law is that of temperature 1.
         accept_slack: added to the probability of keeping a draft (assd forms); above 0 the law is lost.
         batch_size: sequences decoded together; one that finishes makes room for the next.
         dtype: float32 or bfloat16.
+        shard: INDEX/COUNT, this process's share of the run (default: from accelerate launch, torchrun or Slurm); the
+            process that finishes last writes the summary.
     """
 
     output_dir: str
@@ -137,6 +141,8 @@ class DecodingConfig(SamplingConfig):
     accept_slack: float = 0.0
     batch_size: int = 8
     dtype: str = "float32"
+    baselines: list[str] = field(default_factory=list, metadata=WORDS)
+    shard: str | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -152,7 +158,7 @@ class DecodingConfig(SamplingConfig):
             settings["accept_slack"] = self.accept_slack
         elif self.draft_only_temperature:
             settings["temperature"] = 1.0
-        return super().sampler_config(name, bonus_token=self.bonus_token or name.endswith(ONE_PASS), **settings)
+        return super().sampler_config(name, bonus_token=self.bonus_token or ONE_PASS in name, **settings)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,20 +1,17 @@
 """Masked sequences through a sampler, with what each cost and how likely it is."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
-from tqdm import tqdm
 
 from ..config import SamplerConfig
 from ..density import joint_log_prob
 from ..infilling import InfillTask, collate
 from ..model import AnySubsetLM
 from ..orders import Order
-from ..sampling.decoding import drafter_for, law_of
+from ..sampling.decoding import law_of
 from ..sampling.sample import sample, sample_each
-from .config import DecodingConfig
-from .records import RecordLog
 
 COUNTS = ("nfe", "aux_nfe", "rounds", "proposed", "accepted")
 WARM_UP_TOKENS = 8
@@ -59,28 +56,6 @@ def _scored(
     ):
         size = {"tokens": len(ids), "masked": task.visible.count(False)}
         yield task, ids, size | measures | {"log_prob": log_prob, "lossless": sampler.lossless}
-
-
-def record_samplers(
-    model: AnySubsetLM,
-    tasks: list[InfillTask],
-    samplers: dict[str, SamplerConfig],
-    config: DecodingConfig,
-    log: RecordLog,
-    describe: Callable[[InfillTask, list[int]], dict],
-) -> None:
-    """Decode the tasks that ``log`` lacks with every sampler and record each, with what ``describe`` says of its
-    ids."""
-    for sampler in samplers.values():
-        drafter_for(model, sampler)  # a missing draft head is an error now, not when the others are done
-    bar = tqdm(total=len(tasks) * len(samplers), initial=len(log.records), unit="seq", desc="decode")
-    for name, sampler in samplers.items():
-        bar.set_postfix_str(name)
-        todo = [task for task in tasks if (name, task.index) not in log.records]
-        for task, ids, measures in decode(model, todo, sampler, config.seed, config.batch_size):
-            log.add({"sampler": name, "index": task.index, **measures, **describe(task, ids)})
-            bar.update()
-    bar.close()
 
 
 def warm_up(model: AnySubsetLM, ids_BN: torch.Tensor, order: Order, sampler: SamplerConfig, batch_size: int) -> None:

@@ -4,19 +4,17 @@ The model is told the true number of tokens of each gap, as in the published pro
 """
 
 import json
-from dataclasses import asdict
+import re
 from pathlib import Path
 
 from ..density import require_memory_for_density
 from ..errors import TextError
-from ..infilling import InfillTask, without_special_tokens
-from ..loading import load
-from ..runlog import prepare_output_dir, provenance, write_atomic, write_json
+from ..infilling import InfillTask
+from ..runlog import write_atomic
 from ..tokenizer import TextTokenizer
 from .config import CodeInfillConfig, InfillEvalConfig, NlpInfillConfig
-from .decode import record_samplers
 from .metrics import code_similarity, rouge
-from .records import RecordLog, fingerprint
+from .run import EvalRun
 from .stats import summarise_by_sampler, table
 from .tasks import READERS, TextGap
 
@@ -40,34 +38,31 @@ HEADINGS = {
 
 def evaluate(config: InfillEvalConfig) -> dict:
     """Run, or go on with, an infilling evaluation; returns what ``summary.json`` holds."""
-    out = prepare_output_dir(config.output_dir)
     text, gaps = READERS[type(config)](config)
     gaps = gaps[: config.limit]
-    model, tokenizer = load(config.model, config.revision, config.tokenizer, config.dtype)
-    tasks = [encode_gap(tokenizer, gap, index) for index, gap in enumerate(gaps)]
-    require_memory_for_density(model, config.batch_size, max(len(task.ids) for task in tasks))
-    log = RecordLog(out, asdict(config), {"tasks": fingerprint(tasks), "weights": model.fingerprint()})
-    origin = provenance()
-
     measure, quality = QUALITY[type(config)]
+    run = EvalRun(config)
+    for candidate in run.candidates():
+        tokenizer = candidate.tokenizer
+        tasks = [encode_gap(tokenizer, gap, index) for index, gap in enumerate(gaps)]
+        require_memory_for_density(candidate.model, config.batch_size, max(len(task.ids) for task in tasks))
 
-    def describe(task: InfillTask, ids: list[int]) -> dict:
-        gap = gaps[task.index]
-        start, length = task.visible.index(False), task.visible.count(False)
-        completion = tokenizer.decode_gap(ids, range(start, start + length))
-        scores = measure(gap.reference, completion)
-        return {"name": gap.name, **scores, "completion": completion, "reference": gap.reference}
+        def describe(task: InfillTask, ids: list[int], tokenizer=tokenizer) -> dict:
+            gap = gaps[task.index]
+            start, length = task.visible.index(False), task.visible.count(False)
+            completion = tokenizer.decode_gap(ids, range(start, start + length))
+            scores = measure(gap.reference, completion)
+            return {"name": gap.name, **scores, "completion": completion, "reference": gap.reference}
 
-    samplers = {name: without_special_tokens(config.sampler_config(name), tokenizer) for name in config.samplers}
-    record_samplers(model, tasks, samplers, config, log, describe)
-    if isinstance(config, CodeInfillConfig):
-        write_samples(out, config.samplers, log)
+        run.decode(candidate.without_special_tokens(), tasks, describe)
 
-    measures = COST | {key: (lambda r, key=key: r[key]) for key in quality}
-    rows = summarise_by_sampler({name: log.of(name) for name in config.samplers}, measures)
-    summary = {"samplers": rows, "config": asdict(config), "text": text, "num_texts": len(tasks), "provenance": origin}
-    write_json(out / "summary.json", summary)
-    return summary
+    def summarise(records: dict[str, list[dict]]) -> dict:
+        if isinstance(config, CodeInfillConfig):
+            write_samples(run.folder, records)
+        measures = COST | {key: (lambda r, key=key: r[key]) for key in quality}
+        return {"samplers": summarise_by_sampler(records, measures), "text": text, "num_texts": len(gaps)}
+
+    return run.finish(summarise)
 
 
 def encode_gap(tokenizer: TextTokenizer, gap: TextGap, index: int) -> InfillTask:
@@ -82,12 +77,12 @@ def encode_gap(tokenizer: TextTokenizer, gap: TextGap, index: int) -> InfillTask
     return InfillTask(parts[0] + parts[1] + parts[2], visible, index)
 
 
-def write_samples(out: Path, samplers: list[str], log: RecordLog) -> None:
+def write_samples(folder: Path, records: dict[str, list[dict]]) -> None:
     """``samples-SAMPLER.jsonl``: task_id and completion, as the benchmark's own evaluator reads them."""
-    for name in samplers:
-        samples = [{"task_id": record["name"], "completion": record["completion"]} for record in log.of(name)]
+    for name, of_sampler in records.items():
+        samples = [{"task_id": record["name"], "completion": record["completion"]} for record in of_sampler]
         text = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
-        write_atomic(out / f"samples-{name}.jsonl", text)
+        write_atomic(folder / f"samples-{re.sub(r'[^A-Za-z0-9+:.-]+', '_', name)}.jsonl", text)
 
 
 def report(summary: dict) -> str:

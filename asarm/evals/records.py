@@ -1,4 +1,4 @@
-"""Per-sequence records: appended as they come, read back to go on after a stop."""
+"""Per-sequence records: appended as they come, read back to go on after a stop, merged over processes."""
 
 import hashlib
 import json
@@ -7,9 +7,11 @@ from pathlib import Path
 import yaml
 
 from ..errors import OutputDirError
-from ..runlog import append_line, read_lines, write_atomic, write_json
+from ..runlog import append_line, cut_torn_line, read_lines, write_atomic, write_json
+from .shards import Shard
 
-FREE_KEYS = {"output_dir", "json"}  # settings that may differ when a run goes on
+FREE_KEYS = {"output_dir", "json", "shard"}  # settings that may differ when a run goes on
+Key = tuple[str, int]  # system, index
 
 
 def fingerprint(value: object) -> str:
@@ -18,31 +20,62 @@ def fingerprint(value: object) -> str:
 
 
 class RecordLog:
-    """``records.jsonl`` of one run, keyed by (sampler, index).
+    """The records of one run, keyed by (sampler, index): ``records.jsonl``, and ``records-IofN.jsonl`` of each shard
+    while several processes are at work.
 
-    Opening it checks that the folder holds no other run: its ``config.yaml`` must agree, and its ``identity.json``,
-    which holds what the settings only name (text, weights). A torn last line, as a kill leaves it, is cut off.
+    Opening it checks that the folder holds no other run: its ``config.yaml`` must agree, and its ``identity.json``
+    (:meth:`identify`) holds what the settings only name (text, weights). A torn last line, as a kill leaves it, is cut
+    off.
     """
 
-    def __init__(self, folder: Path, config: dict, identity: dict):
-        self.path = folder / "records.jsonl"
-        config_path, identity_path = folder / "config.yaml", folder / "identity.json"
-        if config_path.exists() and identity_path.exists():
-            there = yaml.safe_load(config_path.read_text(encoding="utf-8"))
-            _check_same_run(folder, there | json.loads(identity_path.read_text(encoding="utf-8")), config | identity)
+    def __init__(self, folder: Path, config: dict, shard: Shard):
+        self.folder = folder
+        self.path = folder / f"records{shard.suffix}.jsonl"
+        config_path = folder / "config.yaml"
+        if config_path.exists():
+            _check_same(folder, yaml.safe_load(config_path.read_text(encoding="utf-8")), config)
         write_atomic(config_path, yaml.safe_dump(config, sort_keys=False))
-        write_json(identity_path, identity)
-        self.records = {(r["sampler"], r["index"]): r for r in read_lines(self.path)}
+        cut_torn_line(self.path)
+        self.records: dict[Key, dict] = {}
+        self.reload()
+
+    def identify(self, name: str, identity: dict) -> None:
+        """Check, or note in a new run, what the setting ``name`` stands for."""
+        path = self.folder / "identity.json"
+        there = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if name in there:
+            _check_same(self.folder, there[name], identity)
+        else:
+            write_json(path, there | {name: identity})
 
     def add(self, record: dict) -> None:
         append_line(self.path, record)
         self.records[record["sampler"], record["index"]] = record
 
+    def reload(self) -> None:
+        """Read what all processes have recorded."""
+        while True:
+            try:
+                found = [record for path in sorted(self.folder.glob("records*.jsonl")) for record in read_lines(path)]
+                break
+            except FileNotFoundError:  # another process has merged the files since they were listed
+                continue
+        self.records = {(record["sampler"], record["index"]): record for record in found}
+
+    def merge(self, keys: list[Key]) -> None:
+        """Once all ``keys`` are recorded: one file, in their order. Any number of processes may do so at once."""
+        shards = list(self.folder.glob("records-*of*.jsonl"))
+        lines = (json.dumps(self.records[key], ensure_ascii=False, allow_nan=False) + "\n" for key in keys)
+        write_atomic(self.folder / "records.jsonl", "".join(lines))
+        for path in shards:
+            path.unlink(missing_ok=True)
+
     def of(self, sampler: str) -> list[dict]:
+        """Of one sampler, in order of index."""
         return [record for (name, _), record in sorted(self.records.items()) if name == sampler]
 
 
-def _check_same_run(folder: Path, there: dict, now: dict) -> None:
+def _check_same(folder: Path, there: dict, now: dict) -> None:
     changed = [key for key in now if key not in FREE_KEYS and there.get(key) != now[key]]
     if changed:
         detail = ", ".join(f"{key}: {there.get(key)!r} there, {now[key]!r} now" for key in changed)

@@ -2,22 +2,14 @@
 
 The same masked sequences, every sampler: network calls, time and likelihood."""
 
-from dataclasses import asdict, replace
-
 from ..data.datasets import load_text
 from ..data.packing import pack_all
 from ..density import require_memory_for_density
-from ..drafter import drafter_of
 from ..errors import DataFileError
 from ..infilling import InfillTask
-from ..loading import load
-from ..model import AnySubsetLM
-from ..runlog import prepare_output_dir, provenance, write_json
-from ..sampling.sample import ROUNDS
 from .config import SpeculativeConfig
-from .decode import record_samplers
 from .metrics import token_entropy
-from .records import RecordLog, fingerprint
+from .run import EvalRun
 from .stats import summarise_by_sampler, table
 from .tasks import mask_rows
 
@@ -41,37 +33,23 @@ HEADINGS = {
 
 def evaluate(config: SpeculativeConfig) -> dict:
     """Run, or go on with, the comparison; returns what ``summary.json`` holds."""
-    out = prepare_output_dir(config.output_dir)
     text, documents = load_text(config.dataset, config.data_file, config.dataset_config, config.split)
-    model, tokenizer = load(config.model, config.revision, config.tokenizer, config.dtype)
-    if not config.samplers:
-        config = replace(config, samplers=all_samplers(model))
-    require_memory_for_density(model, config.batch_size, config.max_length)
-    tasks = masked_sequences(config, pack_all(documents, tokenizer, config.max_length))
-    identity = {"text": text, "tasks": fingerprint(tasks), "weights": model.fingerprint()}
-    log = RecordLog(out, asdict(config), identity)
-    origin = provenance()
+    run = EvalRun(config)
+    for candidate in run.candidates():
+        require_memory_for_density(candidate.model, config.batch_size, config.max_length)
+        tasks = masked_sequences(config, pack_all(documents, candidate.tokenizer, config.max_length))
 
-    def describe(task: InfillTask, ids: list[int]) -> dict:
-        return {"entropy": token_entropy(ids), "text": tokenizer.decode(ids)}
+        def describe(task: InfillTask, ids: list[int], tokenizer=candidate.tokenizer) -> dict:
+            return {"entropy": token_entropy(ids), "text": tokenizer.decode(ids)}
 
-    samplers = {name: config.sampler_config(name) for name in config.samplers}
-    record_samplers(model, tasks, samplers, config, log, describe)
-    rows = summarise_by_sampler({name: log.of(name) for name in config.samplers}, MEASURES)
-    summary = {
-        "samplers": {name: row | {"judge_ppl": None} for name, row in rows.items()},
-        "config": asdict(config),
-        "text": text,
-        "num_sequences": len(tasks),
-        "provenance": origin,
-    }
-    write_json(out / "summary.json", summary)
-    return summary
+        run.decode(candidate, tasks, describe)
 
+    def summarise(records: dict[str, list[dict]]) -> dict:
+        rows = summarise_by_sampler(records, MEASURES)
+        samplers = {name: row | {"judge_ppl": None} for name, row in rows.items()}
+        return {"samplers": samplers, "text": text, "num_sequences": config.num_sequences}
 
-def all_samplers(model: AnySubsetLM) -> list[str]:
-    """Every sampler that the model has what it takes for."""
-    return [name for name in ROUNDS if not name.startswith("assd-head") or drafter_of(model) is not None]
+    return run.finish(summarise)
 
 
 def masked_sequences(config: SpeculativeConfig, rows: list) -> list[InfillTask]:

@@ -96,8 +96,9 @@ def begin_records(out: Path, config: TrainConfig | TrainHeadConfig, start: int) 
     write_atomic(out / "config.yaml", yaml.safe_dump(asdict(config), sort_keys=False))
     write_json(out / "provenance.json", provenance() | {"first_step": start})
     for log in (out / "metrics.jsonl", out / HELD_OUT_LOG):
-        if logged := read_lines(log):
-            write_atomic(log, "".join(json.dumps(r) + "\n" for r in logged if start and r["step"] <= start))
+        if log.exists():
+            kept = (record for record in read_lines(log) if start and record["step"] <= start)
+            write_atomic(log, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 def restore(

@@ -9,7 +9,7 @@ from ..config import MaskingConfig
 from ..data.packing import PackedRows
 from ..density import negative_log_likelihood
 from ..model import AnySubsetLM
-from ..orders import Order, random_visible
+from ..orders import Order, random_spans, random_visible
 from ..rng import generator
 from .schedule import draw_masking_rate
 
@@ -31,7 +31,8 @@ def step_batch(rows: PackedRows, step: int, n_rows: int, masking: MaskingConfig,
     for i in indices:
         rng = generator(seed, "order", i)
         rate = draw_masking_rate(step, masking, rng)
-        visible.append(random_visible(rows.max_length, 1 - rate, rng))
+        subset = random_spans if rng.random() < masking.span_fraction else random_visible
+        visible.append(subset(rows.max_length, 1 - rate, rng))
     visible_BN = torch.stack(visible)
     by_masked_B = visible_BN.sum(1).argsort(stable=True)
     return Batch(torch.from_numpy(ids).long()[by_masked_B], visible_BN[by_masked_B])

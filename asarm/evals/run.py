@@ -1,0 +1,122 @@
+"""One evaluation in its output folder: which models and samplers, whose share of the work, what is done, the summary.
+
+Any number of processes may work on one folder, each on its shard. The one that finishes last finds every record there
+and writes ``summary.json``; nobody waits for anybody, so Slurm arrays will do.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import TypeVar
+
+from tqdm import tqdm
+
+from ..config import SamplerConfig
+from ..drafter import drafter_of
+from ..infilling import InfillTask, without_special_tokens
+from ..loading import load
+from ..model import AnySubsetLM
+from ..runlog import prepare_output_dir, provenance, write_json
+from ..sampling.decoding import drafter_for
+from ..sampling.sample import ROUNDS
+from ..tokenizer import TextTokenizer
+from .config import DecodingConfig
+from .decode import decode
+from .records import RecordLog, fingerprint
+from .shards import Shard
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model under evaluation; ``prefix`` stands before the sampler in the names of its results, empty for the run's
+    own model."""
+
+    prefix: str
+    model: AnySubsetLM
+    tokenizer: TextTokenizer
+    samplers: dict[str, SamplerConfig]
+
+    def without_special_tokens(self) -> "Candidate":
+        """The same, with the vocabulary's special tokens never drawn: a gap is filled with text."""
+        samplers = {name: without_special_tokens(s, self.tokenizer) for name, s in self.samplers.items()}
+        return replace(self, samplers=samplers)
+
+
+class EvalRun:
+    """The output folder of an evaluation, opened: refuses a folder of other settings, knows what is recorded."""
+
+    def __init__(self, config: DecodingConfig):
+        self.config = config
+        self.folder = prepare_output_dir(config.output_dir)
+        self.shard = Shard.of(config.shard)
+        self.log = RecordLog(self.folder, asdict(config), self.shard)
+        self.provenance = provenance()
+        self.expected: dict[str, list[int]] = {}  # indices by system, of all shards
+
+    def candidates(self) -> Iterator[Candidate]:
+        """The run's model, then each baseline, loaded one at a time.
+
+        A baseline uses the tokenizer that the run names, or its own, and those of the run's samplers that it has a
+        draft head for.
+        """
+        config = self.config
+        models = [("", config.model, config.revision)]
+        for baseline in config.baselines:
+            name, _, revision = baseline.partition("@")
+            models.append((f"{baseline} ", name, revision or "main"))
+        for prefix, name, revision in models:
+            model, tokenizer = load(name, revision, config.tokenizer, config.dtype)
+            self.log.identify(f"{prefix}model", {"weights": model.fingerprint()})
+            has = all_samplers(model)
+            names = has if not config.samplers else config.samplers
+            if prefix:
+                names = [name for name in names if name.partition(":")[0] in has]
+            yield Candidate(prefix, model, tokenizer, {name: config.sampler_config(name) for name in names})
+
+    def todo(self, system: str, items: list[Item]) -> list[Item]:
+        """This process's share of what nobody has recorded; ``items`` have an ``index``, and are all of the system's,
+        in every process."""
+        self.log.identify(f"{system} items", {"items": fingerprint(items)})
+        self.expected[system] = [item.index for item in items]
+        return [item for item in self.shard.take(items) if (system, item.index) not in self.log.records]
+
+    def add(self, system: str, index: int, measures: dict) -> None:
+        self.log.add({"sampler": system, "index": index, **measures})
+
+    def decode(
+        self, candidate: Candidate, tasks: list[InfillTask], describe: Callable[[InfillTask, list[int]], dict]
+    ) -> None:
+        """Decode with each of the candidate's samplers what is left to do, and record it with what ``describe`` says
+        of its ids."""
+        for sampler in candidate.samplers.values():
+            drafter_for(candidate.model, sampler)  # a missing draft head is an error now, not when others are done
+        todo = {name: self.todo(candidate.prefix + name, tasks) for name in candidate.samplers}
+        bar = tqdm(total=len(self.shard.take(tasks)) * len(todo), unit="seq", desc=f"{candidate.prefix}decode")
+        bar.update(bar.total - sum(map(len, todo.values())))
+        for name, left in todo.items():
+            bar.set_postfix_str(name)
+            sampler, seed, batch_size = candidate.samplers[name], self.config.seed, self.config.batch_size
+            for task, ids, measures in decode(candidate.model, left, sampler, seed, batch_size):
+                self.add(candidate.prefix + name, task.index, {**measures, **describe(task, ids)})
+                bar.update()
+        bar.close()
+
+    def finish(self, summarise: Callable[[dict[str, list[dict]]], dict]) -> dict:
+        """What ``summary.json`` holds, with what ``summarise`` makes of each system's records, if all are there;
+        else how many are. Only a complete run has a summary."""
+        self.log.reload()
+        keys = [(system, index) for system, indices in self.expected.items() for index in indices]
+        recorded = sum(key in self.log.records for key in keys)
+        origin = {"config": asdict(self.config), "provenance": self.provenance}
+        if recorded < len(keys):
+            return {"complete": False, "recorded": recorded, "expected": len(keys), **origin}
+        self.log.merge(keys)
+        summary = {"complete": True} | summarise({system: self.log.of(system) for system in self.expected}) | origin
+        write_json(self.folder / "summary.json", summary)
+        return summary
+
+
+def all_samplers(model: AnySubsetLM) -> list[str]:
+    """Every sampler that the model has what it takes for."""
+    return [name for name in ROUNDS if not name.startswith("assd-head") or drafter_of(model) is not None]

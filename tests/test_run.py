@@ -1,0 +1,111 @@
+"""The frame of all evaluations: shards, several systems in one run, merging, partial runs."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import make_model
+
+from asarm.config import SamplerConfig
+from asarm.errors import ConfigError
+from asarm.evals.config import SpeculativeConfig
+from asarm.evals.shards import Shard
+from asarm.evals.speculative import evaluate
+from asarm.runlog import read_lines
+from asarm.tokenizer import TextTokenizer
+
+SMALL = {
+    "dataset": "samples",
+    "num_sequences": 5,
+    "max_length": 24,
+    "samplers": ["assd", "parallel:3"],
+    "batch_size": 2,
+}
+
+
+def records(folder) -> list[dict]:
+    return [{k: v for k, v in r.items() if k != "seconds"} for r in read_lines(folder / "records.jsonl")]
+
+
+@pytest.mark.parametrize(
+    ("setting", "environment", "shard"),
+    [
+        (None, {}, (0, 1)),
+        ("1/3", {"RANK": "0", "WORLD_SIZE": "8"}, (1, 3)),
+        (None, {"RANK": "2", "WORLD_SIZE": "8"}, (2, 8)),
+        (None, {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "4"}, (3, 4)),
+        (None, {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "3", "SLURM_ARRAY_TASK_MIN": "1"}, (2, 3)),
+        (None, {"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, (1, 2)),
+        (None, {"SLURM_ARRAY_TASK_ID": "3"}, (0, 1)),
+    ],
+)
+def test_a_shard_comes_from_the_setting_or_from_whoever_started_the_process(setting, environment, shard):
+    assert Shard.of(setting, environment) == Shard(*shard)
+
+
+@pytest.mark.parametrize("setting", ["2/2", "0/0", "1", "a/b", "-1/2"])
+def test_a_shard_that_does_not_exist_is_refused(setting):
+    with pytest.raises(ConfigError, match="shard"):
+        Shard.of(setting, {})
+
+
+def test_shards_hold_every_item_once():
+    items = list(range(11))
+    taken = [item for index in range(4) for item in Shard(index, 4).take(items)]
+    assert sorted(taken) == items
+
+
+def test_processes_that_share_a_run_leave_what_one_process_leaves(tmp_path):
+    whole, shared = tmp_path / "whole", tmp_path / "shared"
+    one = evaluate(SpeculativeConfig(output_dir=str(whole), **SMALL))
+    first = evaluate(SpeculativeConfig(output_dir=str(shared), shard="0/2", **SMALL))
+    assert not first["complete"] and (first["recorded"], first["expected"]) == (6, 10)
+    assert not (shared / "summary.json").exists(), "a partial run has no summary"
+    second = evaluate(SpeculativeConfig(output_dir=str(shared), shard="1/2", **SMALL))
+    assert second["complete"] and records(shared) == records(whole)
+    assert sorted(path.name for path in shared.iterdir()) == sorted(path.name for path in whole.iterdir())
+    for name in SMALL["samplers"]:
+        of_one, of_two = one["samplers"][name], second["samplers"][name]
+        assert {k: v for k, v in of_one.items() if "seconds" not in k} == {
+            k: v for k, v in of_two.items() if "seconds" not in k
+        }
+    again = evaluate(SpeculativeConfig(output_dir=str(shared), shard="0/2", **SMALL))
+    assert again["samplers"] == second["samplers"], "nothing is left to do, and nothing is lost"
+
+
+def test_processes_at_the_same_time(tmp_path):
+    """Both may come to the end at once; what is left is complete whoever is last."""
+    settings = [f"--{k}={','.join(v) if isinstance(v, list) else v}" for k, v in SMALL.items()]
+    command = [sys.executable, "-m", "asarm", "eval", "speculative", "--output_dir", str(tmp_path / "out"), *settings]
+    processes = [subprocess.Popen([*command, f"--shard={i}/2"], stdout=subprocess.PIPE, text=True) for i in range(2)]
+    outputs = [process.communicate()[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert sum("NFE/token" in output for output in outputs) >= 1
+    evaluate(SpeculativeConfig(output_dir=str(tmp_path / "whole"), **SMALL))
+    assert records(tmp_path / "out") == records(tmp_path / "whole")
+
+
+def test_a_baseline_runs_beside_the_model_with_the_samplers_it_has(tmp_path):
+    folder = tmp_path / "baseline"
+    vocab_size = len(TextTokenizer.from_pretrained("tiny-english"))
+    make_model(vocab_size, mask_token_id=6, spread=0.02).save_pretrained(folder)
+    config = SpeculativeConfig(
+        output_dir=str(tmp_path / "out"),
+        baselines=[str(folder)],
+        tokenizer="tiny-english",
+        **SMALL | {"samplers": ["sequential", "assd-head:4"]},
+    )
+    summary = evaluate(config)
+    assert list(summary["samplers"]) == ["sequential", "assd-head:4", f"{folder} sequential"]
+    own, baseline = summary["samplers"]["sequential"], summary["samplers"][f"{folder} sequential"]
+    assert own["log_prob_per_token"] > baseline["log_prob_per_token"] + 1, "random weights know no English"
+    assert json.loads((tmp_path / "out" / "identity.json").read_text())[f"{folder} model"]["weights"]
+
+
+def test_a_sampler_may_name_its_own_k():
+    assert SamplerConfig.named("assd+one-pass:8", k=5) == SamplerConfig("assd", k=8, one_pass=True)
+    assert SamplerConfig.named("assd", k=5).k == 5
+    for name in ("assd:x", "assd:0", "assd:1.5"):
+        with pytest.raises(ConfigError, match="k must be"):
+            SamplerConfig.named(name)
