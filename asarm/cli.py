@@ -20,7 +20,6 @@ from .evals.config import (
     CodeInfillConfig,
     DecodingConfig,
     InfillConfig,
-    InfillEvalConfig,
     NlpInfillConfig,
     ScoreConfig,
     SpeculativeConfig,
@@ -85,7 +84,13 @@ def run_eval_speculative(config: SpeculativeConfig) -> None:
     _show(config, evaluate(config), report)
 
 
-def run_eval_infill(config: InfillEvalConfig) -> None:
+def run_eval_nlp_infill(config: NlpInfillConfig) -> None:
+    from .evals.nlp_infill import evaluate, report
+
+    _show(config, evaluate(config), report)
+
+
+def run_eval_code_infill(config: CodeInfillConfig) -> None:
     from .evals.infill_eval import evaluate, report
 
     _show(config, evaluate(config), report)
@@ -128,8 +133,8 @@ DESCRIPTION = (
 )
 EVALS = {
     "speculative": (SpeculativeConfig, run_eval_speculative),
-    "nlp-infill": (NlpInfillConfig, run_eval_infill),
-    "code-infill": (CodeInfillConfig, run_eval_infill),
+    "nlp-infill": (NlpInfillConfig, run_eval_nlp_infill),
+    "code-infill": (CodeInfillConfig, run_eval_code_infill),
 }
 
 

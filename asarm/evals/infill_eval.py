@@ -1,4 +1,4 @@
-"""Infilling evaluations: text and code with a gap, filled and compared with what was there.
+"""The code infilling evaluation: programs with a gap, filled and compared with what was there.
 
 The model is told the true number of tokens of each gap, as in the published protocol (Guo & Ermon 2025).
 """
@@ -12,16 +12,13 @@ from ..errors import TextError
 from ..infilling import InfillTask
 from ..runlog import write_atomic
 from ..tokenizer import TextTokenizer
-from .config import CodeInfillConfig, InfillEvalConfig, NlpInfillConfig
-from .metrics import code_similarity, rouge
+from .config import CodeInfillConfig
+from .metrics import code_similarity
 from .run import EvalRun
 from .stats import summarise_by_sampler, table
-from .tasks import READERS, TextGap
+from .tasks import TextGap, read_code_gaps
 
-QUALITY = {
-    NlpInfillConfig: (rouge, {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "rouge_mean": "mean"}),
-    CodeInfillConfig: (code_similarity, {"exact_match": "exact match", "edit_similarity": "edit similarity"}),
-}
+QUALITY = {"exact_match": "exact match", "edit_similarity": "edit similarity"}
 COST = {
     "gap_tokens": lambda r: r["masked"],
     "nfe_per_token": lambda r: r["nfe"] / r["masked"],
@@ -36,11 +33,10 @@ HEADINGS = {
 }
 
 
-def evaluate(config: InfillEvalConfig) -> dict:
+def evaluate(config: CodeInfillConfig) -> dict:
     """Run, or go on with, an infilling evaluation; returns what ``summary.json`` holds."""
-    text, gaps = READERS[type(config)](config)
+    text, gaps = read_code_gaps(config)
     gaps = gaps[: config.limit]
-    measure, quality = QUALITY[type(config)]
     run = EvalRun(config)
     for candidate in run.candidates():
         tokenizer = candidate.tokenizer
@@ -51,15 +47,14 @@ def evaluate(config: InfillEvalConfig) -> dict:
             gap = gaps[task.index]
             start, length = task.visible.index(False), task.visible.count(False)
             completion = tokenizer.decode_gap(ids, range(start, start + length))
-            scores = measure(gap.reference, completion)
+            scores = code_similarity(gap.reference, completion)
             return {"name": gap.name, **scores, "completion": completion, "reference": gap.reference}
 
         run.decode(candidate.without_special_tokens(), tasks, describe)
 
     def summarise(records: dict[str, list[dict]]) -> dict:
-        if isinstance(config, CodeInfillConfig):
-            write_samples(run.folder, records)
-        measures = COST | {key: (lambda r, key=key: r[key]) for key in quality}
+        write_samples(run.folder, records)
+        measures = COST | {key: (lambda r, key=key: r[key]) for key in QUALITY}
         return {"samplers": summarise_by_sampler(records, measures), "text": text, "num_texts": len(gaps)}
 
     return run.finish(summarise)
@@ -88,11 +83,9 @@ def write_samples(folder: Path, records: dict[str, list[dict]]) -> None:
 def report(summary: dict) -> str:
     """What was measured, and the table."""
     config = summary["config"]
-    of_code = "benchmark" in config
-    headings = HEADINGS | QUALITY[CodeInfillConfig if of_code else NlpInfillConfig][1]
     title = (
-        f"{config['model']}, {config['benchmark' if of_code else 'task']}: {summary['num_texts']} texts of "
+        f"{config['model']}, {config['benchmark']}: {summary['num_texts']} texts of "
         f"{summary['text']}, k = {config['k']}, batches of {config['batch_size']}, {config['dtype']}; the model is "
         "told the true length of the gap; mean +- standard error"
     )
-    return title + "\n" + table(summary["samplers"], headings)
+    return title + "\n" + table(summary["samplers"], HEADINGS | QUALITY)
