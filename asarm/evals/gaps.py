@@ -121,7 +121,7 @@ def in_trials(tasks: list, trials: int, n_rows: int) -> list:
 def judged(task: str, item: GapItem, fills: list[str]) -> dict:
     """A record's texts, and what they are worth beside the references, if there are any."""
     completion, reference = "".join(fills), "".join(item.references)
-    record = {"name": item.name, "text": item.index, "completion": completion, "reference": reference}
+    record = {"name": item.name, "row": item.index, "completion": completion, "reference": reference}
     if task == "infill-file":
         record["filled"] = "".join(a + b for a, b in zip(item.pieces, [*fills, ""], strict=True))
     if task == "lambada":
@@ -149,7 +149,7 @@ def record_word(
     run: EvalRun, system: str, index: int, tokens: int, log_prob: float, right: bool, seconds: float
 ) -> None:
     scores = {"word_log_prob": log_prob, "exact_match": 100.0 * right}
-    run.add(system, index, {"text": index, "masked": tokens, "seconds": seconds, **scores})
+    run.add(system, index, {"row": index, "masked": tokens, "seconds": seconds, **scores})
 
 
 def guess_fills(run: EvalRun, guessers: dict[str, Callable], items: list[GapItem]) -> None:

@@ -103,7 +103,7 @@ def summary_row(records: list[dict]) -> dict:
     of_text: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
         for key, value in measures(record).items():
-            of_text[key][record.get("text", record["index"])].append(value)
+            of_text[key][record.get("row", record["index"])].append(value)
     for key, by_text in of_text.items():
         values = [math.fsum(of_trials) / len(of_trials) for of_trials in by_text.values()]
         row["texts"] = len(values)

@@ -5,9 +5,11 @@ file's rows. Whatever is wrong with the file as a whole is a :class:`~asarm.erro
 """
 
 import csv
+import gzip
 import json
 import os
 import re
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,8 +107,9 @@ def _csv_rows(path: Path) -> list[dict]:
 
 def _lines(path: Path) -> list[str]:
     try:
-        return [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+            return [line for line in file if line.strip()]
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise DataFileError(f"cannot read {path}: {error}; expected JSON lines") from error
 
 
