@@ -5,7 +5,7 @@ orders, attention, model, cache, engine, memory, law, density, draft_head, draft
 drafts, sequential, assd, parallel, sample), infilling, loading, data/ (sources, datasets, packing), train/ (schedule,
 objective, head_config, checkpoint, loop, draft_head), evals/ (config, shards, stats, metrics, records, tasks,
 decode, run, likelihood, speculative, infill_eval, nlp_tasks, guessers, causal, gaps, multiple_choice, nlp_infill),
-bench/ (config, clock, baselines, decode, memory, run), cli.
+bench/ (config, clock, baselines, decode, draft, memory, run), cli.
 
 Shape suffixes: B batch, N positions, S slots of the cache, T sequences or targets, R rows, C content rows, Q query
 rows, K drafted tokens, H heads, D head dimension, E model width, F feed-forward width, P relative positions (2N-1), V
