@@ -301,7 +301,7 @@ def test_stories_are_infilled_scored_and_resumed(tmp_path):
     scores = [r["rouge1"] for r in mine if r["sampler"] == "assd"]
     assert summary["samplers"]["assd"]["rouge1"] == pytest.approx(sum(scores) / 5)
     text = report(summary)
-    assert "true length" in text and "5 rows in the file, 5 texts" in text
+    assert "true length" in text and "5 rows in the file: 5 texts" in text
     assert evaluate(config)["samplers"] == summary["samplers"]
     assert read_lines(tmp_path / "records.jsonl") == records
 
@@ -345,20 +345,29 @@ def test_the_first_trial_is_the_run_of_one_trial(tmp_path, small):
     assert all(r["completion"] != two["assd", r["row"]]["completion"] for r in again)
 
 
-def test_texts_longer_than_the_model_was_trained_on_are_counted(tmp_path):
+def test_texts_longer_than_a_model_was_trained_on_are_counted(tmp_path, small):
     rows = [{"text": "Tom lost his <mask:2>.", "id": "short"}, {"text": "Tom ran. " * 90 + "<mask>", "id": "long"}]
-    config = NlpInfillConfig(task="infill-file", data_file=file_of(tmp_path, rows), output_dir=str(tmp_path / "out"))
-    summary = evaluate(config)
-    (skip,) = summary["skipped"]["tiny-english"]
+    settings = {"task": "infill-file", "data_file": file_of(tmp_path, rows)}
+    summary = evaluate(NlpInfillConfig(baselines=[small], output_dir=str(tmp_path / "out"), **settings))
+    (skip,) = summary["models"]["tiny-english"]["skipped"]
     assert skip["index"] == 1 and "256" in skip["reason"]
     assert summary["samplers"]["assd"]["sequences"] + 1 == summary["num_texts"] == summary["num_rows"] == 2
-    assert "tiny-english: 1 skipped" in report(summary) and "max_length 256" in report(summary)
+    assert summary["samplers"][f"{small} assd"]["sequences"] == 2  # whose training length nobody knows
+    lines = report(summary).splitlines()[-3:]
+    assert lines[0] == "2 rows in the file: 2 texts, none skipped"
+    assert "at most 256 tokens, 1 skipped" in lines[1] and "of any length" in lines[2]
     with pytest.raises(TextError, match="none of 2 texts"):
-        evaluate(
-            NlpInfillConfig(
-                task="infill-file", data_file=config.data_file, output_dir=str(tmp_path / "no"), max_length=2
-            )
-        )
+        evaluate(NlpInfillConfig(output_dir=str(tmp_path / "no"), max_length=2, **settings))
+
+
+def test_what_a_vocabulary_changes_is_counted(tmp_path, data_dir):
+    make_model(vocab_size=32000, mask_token_id=6).save_pretrained(tmp_path)
+    shutil.copy(data_dir / "tokenizers" / "xlnet-base-cased" / "tokenizer.json", tmp_path)
+    rows = [WORDS[0], WORDS[0] | {"context": "A line.\nHe liked the"}]
+    settings = {"task": "lambada", "model": str(tmp_path), "data_file": file_of(tmp_path, rows)}
+    summary = evaluate(NlpInfillConfig(output_dir=str(tmp_path / "out"), **settings))
+    assert summary["samplers"]["assd"]["altered"] == 1
+    assert "assd: the vocabulary changes what is given in 1 of 2" in report(summary)
 
 
 def test_the_trained_length_is_that_of_the_recipe(tmp_path, small):
@@ -445,7 +454,7 @@ def test_texts_that_a_left_to_right_model_cannot_be_asked_are_counted(tmp_path, 
     )
     summary = evaluate(config)
     system = f"causal {small_gpt2}"
-    assert [s["index"] for s in summary["skipped"][system]] == [1, 2]
+    assert [s["index"] for s in summary["models"][system]["skipped"]] == [1, 2]
     assert summary["samplers"][system]["sequences"] == 1 and summary["samplers"]["assd"]["sequences"] == 3
 
 

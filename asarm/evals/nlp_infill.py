@@ -16,7 +16,7 @@ from .gaps import fill, fill_causal, guess_fills
 from .guessers import GUESSERS
 from .multiple_choice import HEADINGS as CHOICE_HEADINGS
 from .multiple_choice import choose, choose_causal, guess_choices
-from .nlp_tasks import Item, Skipped, read_items
+from .nlp_tasks import Item, read_items
 from .run import EvalRun
 from .stats import interval, mean_and_se, table, with_interval
 
@@ -50,7 +50,7 @@ def evaluate(config: NlpInfillConfig) -> dict:
     """Run, or go on with, the evaluation; returns what ``summary.json`` holds."""
     source, items, not_read = read_items(config.task, config.data_file, config.limit)
     run = EvalRun(config)
-    skipped = {"the file": not_read} | evaluate_all(run, items)
+    models = evaluate_all(run, items)
 
     def summarise(records: dict[str, list[dict]]) -> dict:
         return {
@@ -59,30 +59,34 @@ def evaluate(config: NlpInfillConfig) -> dict:
             "protocol": PROTOCOL[config.task],
             "num_rows": len(items) + len(not_read),
             "num_texts": len(items),
-            "skipped": {of: [vars(s) for s in left_out] for of, left_out in skipped.items() if left_out},
+            "skipped_rows": [vars(row) for row in not_read],
+            "models": models,
         }
 
     return run.finish(summarise)
 
 
-def evaluate_all(run: EvalRun, items: list[Item]) -> dict[str, list[Skipped]]:
-    """Guessers, left-to-right models, any-subset models, on the same texts; returns what each model left out."""
-    config, skipped = run.config, {}
+def evaluate_all(run: EvalRun, items: list[Item]) -> dict[str, dict]:
+    """Guessers, left-to-right models, any-subset models, on the same texts; returns for each model how long a text it
+    takes (None: not known) and which it left out."""
+    config, found = run.config, {}
     choosing = config.task == "hellaswag"
     guess, causal, model = (guess_choices, choose_causal, choose) if choosing else (guess_fills, fill_causal, fill)
     guess(run, GUESSERS[config.task], items)
     for name in config.causal_lm:
         lm = CausalLM.from_pretrained(name, config.dtype)
         run.log.identify(lm.system, {"weights": lm.fingerprint})
-        known = [length for length in (config.max_length, lm.max_length) if length]
-        skipped[lm.system] = causal(run, lm, items, min(known, default=None))
+        max_length = min((n for n in (config.max_length, lm.max_length) if n), default=None)
+        skipped = causal(run, lm, items, max_length)
+        found[lm.system] = {"max_length": max_length, "skipped": [vars(s) for s in skipped]}
     for candidate in run.candidates():
         max_length = config.max_length or trained_length(candidate.model)
-        left_out = model(run, candidate.without_special_tokens(), items, max_length)
-        skipped[candidate.prefix.strip() or config.model] = left_out
-        if not candidate.prefix and len(left_out) == len(items):
-            raise TextError(f"{config.model} can be asked none of {len(items)} texts; the first: {left_out[0].reason}")
-    return skipped
+        skipped = model(run, candidate.without_special_tokens(), items, max_length)
+        if not candidate.prefix and len(skipped) == len(items):
+            raise TextError(f"{config.model} can be asked none of {len(items)} texts; the first: {skipped[0].reason}")
+        label = candidate.prefix.strip() or config.model
+        found[label] = {"max_length": max_length, "skipped": [vars(s) for s in skipped]}
+    return found
 
 
 def measures(record: dict) -> dict[str, float]:
@@ -130,8 +134,21 @@ def report(summary: dict) -> str:
             lines.append(f"{name}: perplexity of the word {row['perplexity']:.2f}")
         if row["altered"]:
             lines.append(f"{name}: the vocabulary changes what is given in {row['altered']} of {row['sequences']}")
-    lines.append(f"{summary['num_rows']} rows in the file, {summary['num_texts']} texts")
-    for of, left_out in summary["skipped"].items():
-        row = left_out[0]
-        lines.append(f"{of}: {len(left_out)} skipped, all listed in summary.json; row {row['index']}: {row['reason']}")
+    lines.append(
+        f"{summary['num_rows']} rows in the file: {summary['num_texts']} texts{_left_out(summary['skipped_rows'])}"
+    )
+    for label, of_model in summary["models"].items():
+        known = of_model["max_length"]
+        length = (
+            f"of at most {known} tokens"
+            if known
+            else "of any length (how long those of its training were is not known)"
+        )
+        lines.append(f"{label}: texts {length}{_left_out(of_model['skipped'])}")
     return "\n".join(lines)
+
+
+def _left_out(skipped: list[dict]) -> str:
+    if not skipped:
+        return ", none skipped"
+    return f", {len(skipped)} skipped and listed in summary.json (row {skipped[0]['index']}: {skipped[0]['reason']})"
