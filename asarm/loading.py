@@ -53,5 +53,6 @@ def trained_length(model: AnySubsetLM) -> int | None:
     for recipe in (folder / "training_config.yaml", folder.parent / "config.yaml"):
         if folder.is_dir() and recipe.is_file():
             settings = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-            return settings.get("data", {}).get("max_length") if isinstance(settings, dict) else None
+            data = settings.get("data") if isinstance(settings, dict) else None
+            return data.get("max_length") if isinstance(data, dict) else None
     return None
