@@ -3,11 +3,13 @@
 import gzip
 import hashlib
 import importlib.util
+import io
 import json
 import os
 import subprocess
 import sys
 import threading
+import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -120,6 +122,14 @@ def test_hellaswag_is_converted(script):
         "label": "1",
     }
     assert json.loads(script.convert_hellaswag(json.dumps(published).encode() + b"\n")) == expected
+
+
+def test_wikitext_is_taken_out_of_its_archive(script):
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w") as archive:
+        for split in ("train", "valid"):
+            archive.writestr(f"wikitext-2-raw/wiki.{split}.raw", f" = {split} = \n")
+    assert script.convert_wikitext(data.getvalue()) == b" = valid = \n"
 
 
 def test_lambada_as_published_becomes_the_file_that_is_evaluated(script, data_dir):
