@@ -7,7 +7,7 @@
 #SBATCH --mem=32G
 #SBATCH --time=01:00:00
 #SBATCH --output=logs/%x-%j.out
-# Infill sentences of five-sentence stories and compare with what was there (--task rocstories-1of5 or rocstories-3of5).
+# Natural-language evaluations: --task rocstories-1of5, rocstories-3of5, lambada, hellaswag or infill-file.
 # Runs unchanged under bash and sbatch (submit from the repository); arguments go to `python -m asarm eval nlp-infill` (--help lists them).
 set -euo pipefail
 

@@ -21,7 +21,6 @@ from .evals.code_config import CodeInfillConfig
 from .evals.config import (
     DecodingConfig,
     InfillConfig,
-    InfillEvalConfig,
     NlpInfillConfig,
     ScoreConfig,
     SpeculativeConfig,
@@ -92,8 +91,8 @@ def run_eval_speculative(config: SpeculativeConfig) -> None:
         _show(config, evaluate(config), report)
 
 
-def run_eval_infill(config: InfillEvalConfig) -> None:
-    from .evals.infill_eval import evaluate, report
+def run_eval_nlp_infill(config: NlpInfillConfig) -> None:
+    from .evals.nlp_infill import evaluate, report
 
     _show(config, evaluate(config), report)
 
@@ -141,7 +140,7 @@ DESCRIPTION = (
 )
 EVALS = {
     "speculative": (SpeculativeConfig, run_eval_speculative),
-    "nlp-infill": (NlpInfillConfig, run_eval_infill),
+    "nlp-infill": (NlpInfillConfig, run_eval_nlp_infill),
     "code-infill": (CodeInfillConfig, run_eval_code_infill),
 }
 

@@ -19,6 +19,7 @@ from asarm.evals.code_config import CODE_BENCHMARKS, CodeInfillConfig
 from asarm.evals.code_infill import encode, evaluate, parts, report
 from asarm.evals.code_tasks import CodeProblem, empty_line, line_above, pass_statement, read_problems
 from asarm.evals.execution import judge_controls, pass_at_k, wilson_interval
+from asarm.evals.metrics import code_similarity
 from asarm.evals.sandbox import Sandbox, Verdict
 from asarm.runlog import read_lines
 from asarm.tokenizer import TextTokenizer
@@ -96,6 +97,11 @@ def test_pass_at_k_is_the_share_of_all_choices_of_k_samples_with_one_that_passes
 def test_wilson_interval_is_that_of_scipy(passed, n):
     expected = binomtest(passed, n).proportion_ci(method="wilson")
     assert wilson_interval(passed / n, n) == pytest.approx((expected.low, expected.high), abs=1e-6)
+
+
+def test_likeness_against_hand_worked_cases():
+    assert code_similarity("return x\n", "return x\n") == {"exact_match": 100.0, "edit_similarity": 100.0}
+    assert code_similarity("abcd", "abxd") == {"exact_match": 0.0, "edit_similarity": 75.0}
 
 
 def test_nothing_is_executed_unless_it_is_allowed(tmp_path, monkeypatch):

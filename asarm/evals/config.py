@@ -5,7 +5,7 @@ from itertools import product
 
 from ..config import ONE_PASS, SamplerConfig, require
 
-NLP_TASKS = ("rocstories-1of5", "rocstories-3of5")
+NLP_TASKS = ("rocstories-1of5", "rocstories-3of5", "lambada", "hellaswag", "infill-file")
 ORDERS = ("any-subset", "left-to-right")
 WORDS = {"separator": ","}  # a list field that may also be given as one word with commas
 
@@ -248,18 +248,35 @@ class InfillEvalConfig(DecodingConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class NlpInfillConfig(InfillEvalConfig):
-    """Infill sentences of five-sentence stories; ROUGE against the sentences that were there.
+    """Infill stories and last words, choose endings, fill the masks of a file.
 
     Args:
-        task: rocstories-1of5 (the third sentence) or rocstories-3of5 (the middle three).
-        data_file: Story Cloze CSV, or JSON lines with "text" of five sentences (default: the Story Cloze validation
-            file of ASARM_DATA_DIR, else the stories of eval_datasets/samples).
+        samplers: as above; hellaswag only scores and needs none.
+        task: rocstories-1of5 (the third sentence of a story), rocstories-3of5 (the middle three), lambada (the last
+            word), hellaswag (the likeliest of four endings) or infill-file (the masks of data_file).
+        data_file: the task's file (default: that of ASARM_DATA_DIR; without it, for stories, those of
+            eval_datasets/samples). rocstories: Story Cloze CSV, or JSON lines with "text" of five sentences. lambada:
+            JSON lines with "context" and "continuation". hellaswag: "ctx", "endings" and "label". infill-file: "text"
+            with <mask> and <mask:n>, and "reference" or, for several gaps, "references" if there are any.
+        limit: only the first so many rows of the file (default: all).
+        trials: how often each gap is filled.
+        max_length: longer texts are skipped, in tokens (default: the length the model was trained on, where its folder
+            has a training_config.yaml that tells).
+        causal_lm: left-to-right models (folder, or Hub id@revision) given the left context only, in the same run.
     """
 
     output_dir: str = "runs/nlp_infill"
     task: str = "rocstories-1of5"
     data_file: str | None = None
+    trials: int = 1
+    max_length: int | None = None
+    causal_lm: list[str] = field(default_factory=list, metadata=WORDS)
 
     def __post_init__(self):
         super().__post_init__()
         require(self.task in NLP_TASKS, "task", self.task, f"one of {', '.join(NLP_TASKS)}")
+        with_file = self.task != "infill-file" or self.data_file is not None
+        require(with_file, "data_file", self.data_file, "given with the task infill-file: JSON lines with masked texts")
+        require(self.trials >= 1, "trials", self.trials, "at least 1")
+        enough = self.max_length is None or self.max_length >= 2
+        require(enough, "max_length", self.max_length, "at least 2")
