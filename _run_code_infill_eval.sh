@@ -9,7 +9,8 @@
 #SBATCH --output=logs/%x-%j.out
 #SBATCH --open-mode=append
 #SBATCH --requeue
-# Infill lines of HumanEval solutions; writes samples for the benchmark's own evaluator and runs no program itself.
+# Infill lines and spans of HumanEval's programs: bash _run_code_infill_eval.sh --benchmark single-line --allow_code_execution
+# Without --allow_code_execution nothing that a model wrote is run: samples for the benchmark's own evaluator, no pass@k.
 # Runs unchanged under bash and sbatch (submit from the repository); arguments go to `python -m asarm eval code-infill` (--help lists them).
 # Several GPUs share the sequences, and so do the jobs of an array: sbatch --array=0-3 _run_code_infill_eval.sh --output_dir DIR
 set -euo pipefail

@@ -9,7 +9,7 @@
 #SBATCH --output=logs/%x-%j.out
 #SBATCH --open-mode=append
 #SBATCH --requeue
-# Infill sentences of five-sentence stories and compare with what was there (--task rocstories-1of5 or rocstories-3of5).
+# Natural-language evaluations: --task rocstories-1of5, rocstories-3of5, lambada, hellaswag or infill-file.
 # Runs unchanged under bash and sbatch (submit from the repository); arguments go to `python -m asarm eval nlp-infill` (--help lists them).
 # Several GPUs share the sequences, and so do the jobs of an array: sbatch --array=0-3 _run_nlp_infill_eval.sh --output_dir DIR
 set -euo pipefail

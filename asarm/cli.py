@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, fields
+from pathlib import Path
 from typing import get_args, get_origin
 
 import docstring_parser
@@ -16,11 +17,10 @@ from jsonargparse import ActionConfigFile, ActionYesNo, ArgumentParser
 
 from .bench.config import BenchDecodeConfig, BenchTrainConfig
 from .errors import EXIT_STOPPED, ConfigError, StoppedError, UserError
+from .evals.code_config import CodeInfillConfig
 from .evals.config import (
-    CodeInfillConfig,
     DecodingConfig,
     InfillConfig,
-    InfillEvalConfig,
     NlpInfillConfig,
     ScoreConfig,
     SpeculativeConfig,
@@ -81,13 +81,25 @@ def run_train_draft_head(config: TrainHeadConfig) -> None:
 
 
 def run_eval_speculative(config: SpeculativeConfig) -> None:
-    from .evals.speculative import evaluate, report
+    from .evals.grid import evaluate_grid, grid_report
+    from .evals.speculative import evaluate, replot, report
+
+    if config.replot is not None:
+        print(*replot(Path(config.replot)), sep="\n")
+    elif config.grid:
+        _show(config, evaluate_grid(config), grid_report)
+    else:
+        _show(config, evaluate(config), report)
+
+
+def run_eval_nlp_infill(config: NlpInfillConfig) -> None:
+    from .evals.nlp_infill import evaluate, report
 
     _show(config, evaluate(config), report)
 
 
-def run_eval_infill(config: InfillEvalConfig) -> None:
-    from .evals.infill_eval import evaluate, report
+def run_eval_code_infill(config: CodeInfillConfig) -> None:
+    from .evals.code_infill import evaluate, report
 
     _show(config, evaluate(config), report)
 
@@ -137,8 +149,8 @@ DESCRIPTION = (
 )
 EVALS = {
     "speculative": (SpeculativeConfig, run_eval_speculative),
-    "nlp-infill": (NlpInfillConfig, run_eval_infill),
-    "code-infill": (CodeInfillConfig, run_eval_infill),
+    "nlp-infill": (NlpInfillConfig, run_eval_nlp_infill),
+    "code-infill": (CodeInfillConfig, run_eval_code_infill),
 }
 
 

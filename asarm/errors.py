@@ -57,3 +57,7 @@ class DivergedError(UserError):
 class StoppedError(Exception):
     """A run that a signal stopped after it saved its state; not the user's mistake. The command line exits with
     ``EXIT_STOPPED``."""
+
+
+class SandboxError(UserError):
+    """Programs cannot be executed here, or not in the way that was asked for."""

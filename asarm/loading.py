@@ -1,8 +1,10 @@
 """A model and its tokenizer by name."""
 
 import os
+from pathlib import Path
 
 import torch
+import yaml
 from transformers.utils import logging
 
 from .errors import CheckpointMismatchError
@@ -48,3 +50,16 @@ def check_vocabulary(model: AnySubsetLM, tokenizer: TextTokenizer) -> None:
             f"the tokenizer has {len(tokenizer)} pieces, the model only {model.config.vocab_size}; "
             "give the model's own with --tokenizer"
         )
+
+
+def trained_length(model: AnySubsetLM) -> int | None:
+    """Tokens in a row of the model's training, where its folder tells: ``data.max_length`` of the recipe beside the
+    weights (``training_config.yaml``, as embedded checkpoints have it) or of the run that made them
+    (``../config.yaml``). None where nothing does."""
+    folder = Path(model.name_or_path)
+    for recipe in (folder / "training_config.yaml", folder.parent / "config.yaml"):
+        if folder.is_dir() and recipe.is_file():
+            settings = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+            data = settings.get("data") if isinstance(settings, dict) else None
+            return data.get("max_length") if isinstance(data, dict) else None
+    return None

@@ -33,6 +33,15 @@ def wrong_keys(info: dict) -> dict[str, list]:
     return {key: sorted(info[key]) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]}
 
 
+def parameters_fingerprint(module: nn.Module) -> str:
+    """A short hash of all parameters in bfloat16: a checkpoint has one fingerprint in every type it is loaded in."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(module.named_parameters()):
+        digest.update(name.encode())
+        digest.update(parameter.detach().bfloat16().cpu().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 class FeedForward(nn.Module):
     def __init__(self, config: XLNetConfig):
         super().__init__()
@@ -131,13 +140,8 @@ class AnySubsetLM(PreTrainedModel):
         return getattr(self.config, "mask_token_id", XLNET_MASK_ID)
 
     def fingerprint(self) -> str:
-        """A short hash of all parameters in bfloat16: a checkpoint has one fingerprint in every type it is loaded
-        in."""
-        digest = hashlib.sha256()
-        for name, parameter in sorted(self.named_parameters()):
-            digest.update(name.encode())
-            digest.update(parameter.detach().bfloat16().cpu().view(torch.int16).numpy().tobytes())
-        return digest.hexdigest()[:16]
+        """See :func:`parameters_fingerprint`."""
+        return parameters_fingerprint(self)
 
     def forward(
         self, ids_BN: torch.Tensor, position_BR: torch.Tensor, limit_BR: torch.Tensor, rank_BN: torch.Tensor

@@ -9,6 +9,8 @@ from asarm.density import target_states
 from asarm.errors import ConfigError, MemoryBudgetError
 from asarm.law import draw
 from asarm.rng import rank_uniforms
+from asarm.sampling import assd
+from asarm.sampling.accept import accepted_prefix
 from asarm.sampling.decoding import Decoding
 from asarm.sampling.drafts import bigram_draft
 from asarm.sampling.sequential import sequential_round
@@ -52,6 +54,30 @@ def test_prompt_is_kept_gaps_are_filled_and_calls_never_outnumber_tokens(model, 
     assert torch.equal(done.aux_nfe_B, done.rounds_B * (name == "assd-ngram"))
 
 
+@pytest.mark.parametrize(("name", "k"), [c for c in EXACT[1:] if c[1] > 1])
+def test_drafts_are_counted_by_their_index(model, name, k, monkeypatch):
+    """Against the acceptance kernel's own answers, round by round; lanes that are taken again start from zero."""
+    ids_BN, order = ragged(seed=8)
+    proposed, accepted = [[0] * k for _ in ids_BN], [[0] * k for _ in ids_BN]
+
+    def watched(draft_prob_BK, target_prob_BK, uniform_BK, valid_BK, slack):
+        kept_B = accepted_prefix(draft_prob_BK, target_prob_BK, uniform_BK, valid_BK, slack)
+        for b, kept in enumerate(kept_B.tolist()):
+            first = k - valid_BK.shape[1]  # 1 where the first draft is exact
+            for j, valid in enumerate(valid_BK[b].tolist()):
+                proposed[b][first + j] += valid
+                accepted[b][first + j] += j < kept
+        return kept_B
+
+    monkeypatch.setattr(assd, "accepted_prefix", watched)
+    done = sample(model, ids_BN, order, SamplerConfig.named(name, k=k), seed=5)
+    monkeypatch.undo()
+    assert done.proposed_BK.tolist() == proposed and done.accepted_BK.tolist() == accepted
+    assert 0 < done.accepted_B.sum() < done.proposed_B.sum()
+    again = sample(model, ids_BN, order, SamplerConfig.named(name, k=k), seed=5, batch_size=2)
+    assert torch.equal(again.proposed_BK, done.proposed_BK) and torch.equal(again.accepted_BK, done.accepted_BK)
+
+
 @pytest.mark.parametrize("bonus_token", [True, False])
 @pytest.mark.parametrize(("name", "k"), EXACT)
 def test_emitted_log_prob_equals_rescoring_by_the_density(model, name, k, bonus_token):
@@ -92,8 +118,8 @@ def test_a_sequence_does_not_depend_on_its_batch(model, name, k):
         alone_order = Order.from_visible(~order.target_BN[b : b + 1, :n])
         alone = sample(model, ids_BN[b : b + 1, :n], alone_order, config, seed=3, indices=[b])
         assert torch.equal(alone.ids_BN[0], together.ids_BN[b, :n])
-        for key in ("nfe_B", "aux_nfe_B", "rounds_B", "proposed_B", "accepted_B"):
-            assert getattr(alone, key)[0] == getattr(together, key)[b], key
+        for key in ("nfe_B", "aux_nfe_B", "rounds_B", "proposed_BK", "accepted_BK"):
+            assert torch.equal(getattr(alone, key)[0], getattr(together, key)[b]), key
         assert alone.logp_B[0] == pytest.approx(together.logp_B[b].item(), abs=1e-4)
 
 

@@ -1,11 +1,12 @@
 """Settings of infilling, scoring and the evaluations; like :mod:`asarm.config`, it imports nothing heavy."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
+from itertools import product
 
 from ..config import ONE_PASS, SamplerConfig, require
 
-NLP_TASKS = ("rocstories-1of5", "rocstories-3of5")
-CODE_BENCHMARKS = {"single-line": "SingleLine", "multi-line": "MultiLine"}  # name in the published files
+NLP_TASKS = ("rocstories-1of5", "rocstories-3of5", "lambada", "hellaswag", "infill-file")
+ORDERS = ("any-subset", "left-to-right")
 WORDS = {"separator": ","}  # a list field that may also be given as one word with commas
 
 
@@ -177,7 +178,16 @@ class SpeculativeConfig(DecodingConfig):
         data_file: raw text or JSON lines instead; with dataset wikitext split at its headings.
         num_sequences: packed sequences to mask.
         max_length: tokens in a sequence.
-        visible_fraction: share of the tokens that is given, a random subset.
+        visible_fraction: share of the tokens that is given.
+        order: any-subset (a random subset is given, the rest drawn in ascending position) or left-to-right (the
+            beginning is given).
+        limit: only the first so many of the sequences.
+        judge: causal language model for generative perplexity: a folder or Hub id, with @revision or without; may be
+            given afterwards, over the same output_dir.
+        margin: largest mean difference from sequential that counts as none: nats a token of log-probability and of
+            the judge, bits of entropy.
+        grid: settings to vary, each with a list of values, in a folder each; one table and figure at the end.
+        replot: only draw the figures of the finished run in this folder again.
     """
 
     output_dir: str = "runs/speculative"
@@ -189,12 +199,38 @@ class SpeculativeConfig(DecodingConfig):
     num_sequences: int = 64
     max_length: int = 128
     visible_fraction: float = 0.05
+    order: str = "any-subset"
+    limit: int | None = None
+    judge: str | None = None
+    margin: float = 0.1
+    grid: dict[str, list] = field(default_factory=dict)
+    replot: str | None = None
 
     def __post_init__(self):
         super().__post_init__()
         require(self.num_sequences >= 1, "num_sequences", self.num_sequences, "at least 1")
         require(self.max_length >= 2, "max_length", self.max_length, "at least 2")
         require(0 <= self.visible_fraction < 1, "visible_fraction", self.visible_fraction, "in [0, 1)")
+        require(self.order in ORDERS, "order", self.order, f"one of {', '.join(ORDERS)}")
+        require(self.limit is None or self.limit >= 1, "limit", self.limit, "at least 1")
+        require(self.margin > 0, "margin", self.margin, "above 0")
+        self.cells()
+
+    def cells(self) -> list["SpeculativeConfig"]:
+        """The runs that ``grid`` stands for, each with its own folder."""
+        known = {f.name for f in fields(self)} - {"grid", "replot", "output_dir", "json", "shard"}
+        for key, values in self.grid.items():
+            require(key in known, "grid", key, "made of settings of this evaluation")
+            now = getattr(self, key)
+            kind = (float, int) if isinstance(now, float) else object if now is None else type(now)
+            fits = isinstance(values, list) and bool(values) and all(isinstance(value, kind) for value in values)
+            require(fits, f"grid.{key}", values, f"a list of values such as {now!r}")
+        points = [dict(zip(self.grid, values, strict=True)) for values in product(*self.grid.values()) if values]
+        names = [",".join(f"{key}={value}" for key, value in point.items()) for point in points]
+        return [
+            replace(self, **point, grid={}, output_dir=f"{self.output_dir}/{name}")
+            for point, name in zip(points, names, strict=True)
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,36 +251,35 @@ class InfillEvalConfig(DecodingConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class NlpInfillConfig(InfillEvalConfig):
-    """Infill sentences of five-sentence stories; ROUGE against the sentences that were there.
+    """Infill stories and last words, choose endings, fill the masks of a file.
 
     Args:
-        task: rocstories-1of5 (the third sentence) or rocstories-3of5 (the middle three).
-        data_file: Story Cloze CSV, or JSON lines with "text" of five sentences (default: the Story Cloze validation
-            file of ASARM_DATA_DIR, else the stories of eval_datasets/samples).
+        samplers: as above; hellaswag only scores and needs none.
+        task: rocstories-1of5 (the third sentence of a story), rocstories-3of5 (the middle three), lambada (the last
+            word), hellaswag (the likeliest of four endings) or infill-file (the masks of data_file).
+        data_file: the task's file (default: that of ASARM_DATA_DIR; without it, for stories, those of
+            eval_datasets/samples). rocstories: Story Cloze CSV, or JSON lines with "text" of five sentences. lambada:
+            JSON lines with "context" and "continuation". hellaswag: "ctx", "endings" and "label". infill-file: "text"
+            with <mask> and <mask:n>, and "reference" or, for several gaps, "references" if there are any.
+        limit: only the first so many rows of the file (default: all).
+        trials: how often each gap is filled.
+        max_length: longer texts are skipped, in tokens (default: the length the model was trained on, where its folder
+            has a training_config.yaml that tells).
+        causal_lm: left-to-right models (folder, or Hub id@revision) given the left context only, in the same run.
     """
 
     output_dir: str = "runs/nlp_infill"
     task: str = "rocstories-1of5"
     data_file: str | None = None
+    trials: int = 1
+    max_length: int | None = None
+    causal_lm: list[str] = field(default_factory=list, metadata=WORDS)
 
     def __post_init__(self):
         super().__post_init__()
         require(self.task in NLP_TASKS, "task", self.task, f"one of {', '.join(NLP_TASKS)}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class CodeInfillConfig(InfillEvalConfig):
-    """Infill lines of HumanEval solutions; samples for the published evaluator, exact match and edit similarity.
-
-    Args:
-        benchmark: single-line or multi-line.
-        data_file: the benchmark's JSON lines (default: the published file in ASARM_DATA_DIR/eval/humaneval_infill).
-    """
-
-    output_dir: str = "runs/code_infill"
-    benchmark: str = "single-line"
-    data_file: str | None = None
-
-    def __post_init__(self):
-        super().__post_init__()
-        require(self.benchmark in CODE_BENCHMARKS, "benchmark", self.benchmark, f"one of {', '.join(CODE_BENCHMARKS)}")
+        with_file = self.task != "infill-file" or self.data_file is not None
+        require(with_file, "data_file", self.data_file, "given with the task infill-file: JSON lines with masked texts")
+        require(self.trials >= 1, "trials", self.trials, "at least 1")
+        enough = self.max_length is None or self.max_length >= 2
+        require(enough, "max_length", self.max_length, "at least 2")

@@ -13,7 +13,10 @@ from ..orders import Order
 from ..sampling.decoding import law_of
 from ..sampling.sample import sample, sample_each
 
-COUNTS = ("nfe", "aux_nfe", "rounds", "proposed", "accepted")
+MEASURES = {key: f"{key}_B" for key in ("nfe", "aux_nfe", "rounds", "proposed", "accepted", "seconds")} | {
+    "proposed_by_index": "proposed_BK",
+    "accepted_by_index": "accepted_BK",
+}  # of a Completion
 WARM_UP_TOKENS = 8
 
 
@@ -22,9 +25,10 @@ def decode(
 ) -> Iterator[tuple[InfillTask, list[int], dict]]:
     """Yield each task, as it is finished, with the ids drawn for it and its measures.
 
-    The measures are the counts of :class:`Completion`, ``tokens``, ``masked``, ``seconds`` (its share of the wall
-    clock, after a warm-up), ``log_prob`` (nats, joint, under the model's law at the sampler's temperature, computed
-    anew by the density) and ``lossless`` (whether the sampler keeps that law).
+    The measures are the counts of :class:`Completion` (``proposed_by_index`` and ``accepted_by_index`` are lists, by
+    draft index), ``tokens``, ``masked``, the sampler's ``k``, ``seconds`` (its share of the wall clock, after a
+    warm-up), ``log_prob`` (nats, joint, under the model's law at the sampler's temperature, computed anew by the
+    density) and ``lossless`` (whether the sampler keeps that law).
     """
     if not tasks:
         return
@@ -33,9 +37,9 @@ def decode(
     warm_up(model, ids_TN, order, sampler, batch_size)
     finished = []
     for rows, done in sample_each(model, ids_TN, order, sampler, seed, indices, batch_size):
-        seconds, counts = done.seconds_B.tolist(), {key: getattr(done, f"{key}_B").tolist() for key in COUNTS}
+        by_key = {key: getattr(done, attribute).tolist() for key, attribute in MEASURES.items()}
         for b, (row, ids) in enumerate(zip(rows, done.ids_BN.tolist(), strict=True)):
-            measures = {key: counts[key][b] for key in COUNTS} | {"seconds": seconds[b]}
+            measures = {key: values[b] for key, values in by_key.items()}
             finished.append((tasks[row], ids[: len(tasks[row].ids)], measures))
         if len(finished) >= batch_size:
             yield from _scored(model, finished, sampler)
@@ -54,7 +58,7 @@ def _scored(
     for (task, ids, measures), log_prob in zip(
         finished, joint_log_prob(model, ids_BN, order, law).tolist(), strict=True
     ):
-        size = {"tokens": len(ids), "masked": task.visible.count(False)}
+        size = {"tokens": len(ids), "masked": task.visible.count(False), "k": sampler.k}
         yield task, ids, size | measures | {"log_prob": log_prob, "lossless": sampler.lossless}
 
 

@@ -13,6 +13,12 @@ def token_entropy(ids: Sequence[int]) -> float:
     return -math.fsum(c / len(ids) * math.log2(c / len(ids)) for c in counts.values())
 
 
+def distinct(ids: Sequence[int], n: int) -> float:
+    """Distinct n-grams of one sequence, as a share of its n-grams (Li et al. 2016); 1 for a text shorter than n."""
+    ngrams = list(zip(*(ids[i:] for i in range(n)), strict=False))
+    return len(set(ngrams)) / len(ngrams) if ngrams else 1.0
+
+
 @cache
 def _rouge_scorer():
     from rouge_score.rouge_scorer import RougeScorer

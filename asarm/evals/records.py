@@ -10,7 +10,8 @@ from ..errors import OutputDirError
 from ..runlog import append_line, cut_torn_line, read_lines, write_atomic, write_json
 from .shards import Shard
 
-FREE_KEYS = {"output_dir", "json", "shard"}  # settings that may differ when a run goes on
+# settings that may differ when a run goes on
+FREE_KEYS = {"output_dir", "json", "shard", "judge", "pass_k", "allow_code_execution", "sandbox", "workers"}
 Key = tuple[str, int]  # system, index
 
 
@@ -21,19 +22,19 @@ def fingerprint(value: object) -> str:
 
 class RecordLog:
     """The records of one run, keyed by (sampler, index): ``records.jsonl``, and ``records-IofN.jsonl`` of each shard
-    while several processes are at work.
+    while several processes are at work. A later phase has files of its own (``stem``) with the same keys.
 
     Opening it checks that the folder holds no other run: its ``config.yaml`` must agree, and its ``identity.json``
     (:meth:`identify`) holds what the settings only name (text, weights). A torn last line, as a kill leaves it, is cut
     off.
     """
 
-    def __init__(self, folder: Path, config: dict, shard: Shard):
-        self.folder = folder
-        self.path = folder / f"records{shard.suffix}.jsonl"
+    def __init__(self, folder: Path, config: dict, shard: Shard, stem: str = "records"):
+        self.folder, self.stem = folder, stem
+        self.path = folder / f"{stem}{shard.suffix}.jsonl"
         config_path = folder / "config.yaml"
         if config_path.exists():
-            _check_same(folder, yaml.safe_load(config_path.read_text(encoding="utf-8")), config)
+            check_same(folder, yaml.safe_load(config_path.read_text(encoding="utf-8")), config)
         write_atomic(config_path, yaml.safe_dump(config, sort_keys=False))
         cut_torn_line(self.path)
         self.records: dict[Key, dict] = {}
@@ -44,7 +45,7 @@ class RecordLog:
         path = self.folder / "identity.json"
         there = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         if name in there:
-            _check_same(self.folder, there[name], identity)
+            check_same(self.folder, there[name], identity)
         else:
             write_json(path, there | {name: identity})
 
@@ -56,26 +57,38 @@ class RecordLog:
         """Read what all processes have recorded."""
         while True:
             try:
-                found = [record for path in sorted(self.folder.glob("records*.jsonl")) for record in read_lines(path)]
+                paths = sorted(self.folder.glob(f"{self.stem}*.jsonl"))
+                found = [record for path in paths for record in read_lines(path)]
                 break
             except FileNotFoundError:  # another process has merged the files since they were listed
                 continue
-        self.records = {(record["sampler"], record["index"]): record for record in found}
+        self.records = by_key(found)
 
     def merge(self, keys: list[Key]) -> None:
         """Once all ``keys`` are recorded: one file, in their order. Any number of processes may do so at once."""
-        shards = list(self.folder.glob("records-*of*.jsonl"))
-        lines = (json.dumps(self.records[key], ensure_ascii=False, allow_nan=False) + "\n" for key in keys)
-        write_atomic(self.folder / "records.jsonl", "".join(lines))
+        shards = list(self.folder.glob(f"{self.stem}-*of*.jsonl"))
+        self.records = {key: self.records[key] for key in keys}
+        lines = (json.dumps(r, ensure_ascii=False, allow_nan=False) + "\n" for r in self.records.values())
+        write_atomic(self.folder / f"{self.stem}.jsonl", "".join(lines))
         for path in shards:
             path.unlink(missing_ok=True)
 
-    def of(self, sampler: str) -> list[dict]:
-        """Of one sampler, in order of index."""
-        return [record for (name, _), record in sorted(self.records.items()) if name == sampler]
+
+def by_key(records: list[dict]) -> dict[Key, dict]:
+    return {(record["sampler"], record["index"]): record for record in records}
 
 
-def _check_same(folder: Path, there: dict, now: dict) -> None:
+def by_system(*phases: dict[Key, dict]) -> dict[str, list[dict]]:
+    """Each system's records, with what every phase says of them, in the first phase's order."""
+    systems: dict[str, list[dict]] = {}
+    for key in phases[0]:
+        joined = {name: value for phase in phases for name, value in phase[key].items()}
+        systems.setdefault(key[0], []).append(joined)
+    return systems
+
+
+def check_same(folder: Path, there: dict, now: dict) -> None:
+    """Raise :class:`OutputDirError` where what was found in the folder is not what it is now, free settings apart."""
     changed = [key for key in now if key not in FREE_KEYS and there.get(key) != now[key]]
     if changed:
         detail = ", ".join(f"{key}: {there.get(key)!r} there, {now[key]!r} now" for key in changed)

@@ -21,7 +21,7 @@ from ..sampling.sample import ROUNDS
 from ..tokenizer import TextTokenizer
 from .config import DecodingConfig
 from .decode import decode
-from .records import RecordLog, fingerprint
+from .records import RecordLog, by_system, fingerprint
 from .shards import Shard
 
 Item = TypeVar("Item")
@@ -51,6 +51,7 @@ class EvalRun:
         self.folder = prepare_output_dir(config.output_dir)
         self.shard = Shard.of(config.shard)
         self.log = RecordLog(self.folder, asdict(config), self.shard)
+        self.phases = [self.log]
         self.provenance = provenance()
         self.expected: dict[str, list[int]] = {}  # indices by system, of all shards
 
@@ -102,17 +103,37 @@ class EvalRun:
                 bar.update()
         bar.close()
 
+    def second_phase(self, stem: str, identity: dict) -> RecordLog:
+        """Records of a phase that works on the first's, a line for each of them, in ``STEM.jsonl``."""
+        self.log.identify(stem, identity)
+        self.phases.append(RecordLog(self.folder, asdict(self.config), self.shard, stem))
+        return self.phases[-1]
+
+    def own_records(self) -> list[dict]:
+        """Those of the first phase that are this process's share, all of them recorded."""
+        return [
+            self.log.records[system, index]
+            for system, indices in self.expected.items()
+            for index in self.shard.take(indices)
+        ]
+
     def finish(self, summarise: Callable[[dict[str, list[dict]]], dict]) -> dict:
-        """What ``summary.json`` holds, with what ``summarise`` makes of each system's records, if all are there;
-        else how many are. Only a complete run has a summary."""
-        self.log.reload()
+        """What ``summary.json`` holds, with what ``summarise`` makes of each system's records (those of all phases
+        joined), if all are there; else how many are. Only a complete run has a summary."""
         keys = [(system, index) for system, indices in self.expected.items() for index in indices]
-        recorded = sum(key in self.log.records for key in keys)
+        recorded = 0
+        for phase in self.phases:
+            phase.reload()
+            recorded += sum(key in phase.records for key in keys)
+        expected = len(keys) * len(self.phases)
+        state = {"complete": recorded == expected, "recorded": recorded, "expected": expected}
         origin = {"config": asdict(self.config), "provenance": self.provenance}
-        if recorded < len(keys):
-            return {"complete": False, "recorded": recorded, "expected": len(keys), **origin}
-        self.log.merge(keys)
-        summary = {"complete": True} | summarise({system: self.log.of(system) for system in self.expected}) | origin
+        if not state["complete"]:
+            return state | origin
+        for phase in self.phases:
+            phase.merge(keys)
+        records = by_system(*(phase.records for phase in self.phases))
+        summary = state | summarise(records) | origin
         write_json(self.folder / "summary.json", summary)
         return summary
 

@@ -1,16 +1,28 @@
-"""The speculative-decoding comparison (Guo & Ermon 2025, table 1).
+"""The speculative-decoding comparison (Guo & Ermon 2025, table 1): the same masked sequences, every sampler.
 
-The same masked sequences, every sampler: network calls, time and likelihood."""
+Three steps, each going on where it was stopped: decode, let a judge read the texts, draw conclusions from the records.
+"""
+
+import math
+from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
+
+import yaml
 
 from ..data.datasets import load_text
 from ..data.packing import pack_all
 from ..density import require_memory_for_density
-from ..errors import DataFileError
+from ..errors import DataFileError, OutputDirError
 from ..infilling import InfillTask
+from ..runlog import read_lines
+from ..tokenizer import TextTokenizer
 from .config import SpeculativeConfig
-from .metrics import token_entropy
+from .metrics import distinct, token_entropy
+from .plots import REFERENCE, draw_plots, model_of
+from .records import by_key, by_system
 from .run import EvalRun
-from .stats import summarise_by_sampler, table
+from .stats import ALPHA, aligned, compare, summarise_by_sampler, table, with_interval
 from .tasks import mask_rows
 
 MEASURES = {
@@ -20,6 +32,12 @@ MEASURES = {
     "seconds_per_sequence": lambda r: r["seconds"],
     "log_prob_per_token": lambda r: r["log_prob"] / r["masked"],
     "entropy": lambda r: r["entropy"],
+    "distinct_1": lambda r: r["distinct_1"],
+    "distinct_2": lambda r: r["distinct_2"],
+}
+JUDGED = {
+    "judge_nll_per_token": lambda r: _judge_nll(r),
+    "judge_ppl": lambda r: math.exp(_judge_nll(r)),
 }
 HEADINGS = {
     "nfe_per_token": "NFE/token",
@@ -28,7 +46,18 @@ HEADINGS = {
     "seconds_per_sequence": "s/sequence",
     "log_prob_per_token": "log-prob/token",
     "entropy": "entropy (bits)",
+    "distinct_2": "distinct-2",
 }
+COMPARED = {
+    "log_prob_per_token": "log-probability (nats/token)",
+    "judge_nll_per_token": "judge's negative log-likelihood (nats/token)",
+    "entropy": "entropy (bits)",
+}
+
+
+def _judge_nll(record: dict) -> float:
+    """Nats per token of the judge's; 0 for a text without tokens."""
+    return record["judge_nll"] / max(record["judge_tokens"], 1)
 
 
 def evaluate(config: SpeculativeConfig) -> dict:
@@ -40,35 +69,130 @@ def evaluate(config: SpeculativeConfig) -> dict:
         tasks = masked_sequences(config, pack_all(documents, candidate.tokenizer, config.max_length))
 
         def describe(task: InfillTask, ids: list[int], tokenizer=candidate.tokenizer) -> dict:
-            return {"entropy": token_entropy(ids), "text": tokenizer.decode(ids)}
+            repetition = {"entropy": token_entropy(ids), "distinct_1": distinct(ids, 1), "distinct_2": distinct(ids, 2)}
+            return {**repetition, "text": plain_text(tokenizer, ids)}
 
         run.decode(candidate, tasks, describe)
+    if config.judge is not None:
+        judge_texts(run, config.judge, config.batch_size)
 
-    def summarise(records: dict[str, list[dict]]) -> dict:
-        rows = summarise_by_sampler(records, MEASURES)
-        samplers = {name: row | {"judge_ppl": None} for name, row in rows.items()}
-        return {"samplers": samplers, "text": text, "num_sequences": config.num_sequences}
+    def conclude(records: dict[str, list[dict]]) -> dict:
+        rows = summarise(records, config)
+        draw_plots(run.folder, records, rows, config.margin)
+        return {"samplers": rows, "text": text, "num_sequences": len(tasks)}
 
-    return run.finish(summarise)
+    return run.finish(conclude)
 
 
 def masked_sequences(config: SpeculativeConfig, rows: list) -> list[InfillTask]:
-    """The first ``num_sequences`` full rows, each with its own random visible subset."""
+    """The first ``num_sequences`` full rows, each with its own part of the tokens given."""
     full = [row for row in rows if len(row) == config.max_length] or rows
     if len(full) < config.num_sequences:
         raise DataFileError(
             f"the text makes {len(full)} sequences of {config.max_length} tokens and num_sequences is "
             f"{config.num_sequences}; give more text, or a smaller --num_sequences or --max_length"
         )
-    return mask_rows(full[: config.num_sequences], config.visible_fraction, config.seed)
+    tasks = mask_rows(full[: config.num_sequences][: config.limit], config.visible_fraction, config.seed)
+    if config.order == "left-to-right":
+        tasks = [replace(task, visible=sorted(task.visible, reverse=True)) for task in tasks]
+    return tasks
+
+
+def plain_text(tokenizer: TextTokenizer, ids: list[int]) -> str:
+    """What a reader gets, and the judge: special tokens (separators of documents, as a rule) are line breaks."""
+    runs = groupby(ids, key=lambda i: i in tokenizer.special_ids)
+    return "\n".join(tokenizer.decode(list(run)) for special, run in runs if not special)
+
+
+def judge_texts(run: EvalRun, name: str, batch_size: int) -> None:
+    """Let the judge read what this process has decoded and not yet given it."""
+    from tqdm import tqdm
+
+    from .judge import Judge
+
+    log = run.second_phase("judge", {"name": name})
+    todo = [r for r in run.own_records() if (r["sampler"], r["index"]) not in log.records]
+    judge = Judge(name) if todo else None
+    for start in tqdm(range(0, len(todo), batch_size), desc="judge", unit="batch"):
+        batch = todo[start : start + batch_size]
+        for record, (tokens, nll) in zip(batch, judge.score([r["text"] for r in batch], batch_size), strict=True):
+            key = {"sampler": record["sampler"], "index": record["index"]}
+            log.add(key | {"judge_tokens": tokens, "judge_nll": nll})
+
+
+def summarise(records: dict[str, list[dict]], config: SpeculativeConfig) -> dict:
+    """Means, intervals, and each sampler against the same model's ``sequential``, from the records alone."""
+    judged = config.judge is not None
+    measures = MEASURES | (JUDGED if judged else {})
+    rows = summarise_by_sampler(records, measures, config.seed)
+    for name, row in rows.items():
+        row |= {"k": records[name][0]["k"], "versus_sequential": {}} | ({} if judged else {"judge_ppl": None})
+    for model in dict.fromkeys(map(model_of, records)):
+        reference = records.get(model + REFERENCE)
+        others = [name for name in records if model_of(name) == model and name != model + REFERENCE]
+        for key in COMPARED if reference else ():
+            if key not in measures:
+                continue
+            value = measures[key]
+            differences = {
+                name: [value(r) - value(s) for r, s in zip(records[name], reference, strict=True)] for name in others
+            }
+            for name, found in compare(differences, config.margin, config.seed).items():
+                rows[name]["versus_sequential"][key] = found
+    return rows
+
+
+def replot(folder: Path) -> list[Path]:
+    """Draw the figures of a finished run from its records; returns the files."""
+    if not (folder / "summary.json").exists():
+        raise OutputDirError(f"{folder} holds no finished run (no summary.json); finish it first, or name another")
+    config = SpeculativeConfig(**yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
+    phases = [folder / "records.jsonl", *([folder / "judge.jsonl"] if config.judge else [])]
+    records = by_system(*(by_key(read_lines(path)) for path in phases))
+    return draw_plots(folder, records, summarise(records, config), config.margin)
 
 
 def report(summary: dict) -> str:
-    """What was measured, and the table."""
-    config = summary["config"]
+    """What was measured, the table, and what the comparison with ``sequential`` shows."""
+    config, rows = summary["config"], summary["samplers"]
+    headings = HEADINGS | ({"judge_ppl": f"PPL of {config['judge']}"} if config["judge"] else {})
     title = (
         f"{config['model']}: {summary['num_sequences']} sequences of {config['max_length']} tokens of "
-        f"{summary['text']}, {1 - config['visible_fraction']:.0%} masked, k = {config['k']}, "
-        f"batches of {config['batch_size']}, {config['dtype']}; mean +- standard error"
+        f"{summary['text']}, {1 - config['visible_fraction']:.0%} masked, {config['order']}, k = {config['k']}, "
+        f"batches of {config['batch_size']}, {config['dtype']}; mean [95 % bootstrap interval over sequences]"
     )
-    return title + "\n" + table(summary["samplers"], HEADINGS)
+    parts = [title, table(rows, headings, with_interval)]
+    for key, label in COMPARED.items():
+        found = {name: row["versus_sequential"][key] for name, row in rows.items() if key in row["versus_sequential"]}
+        if found:
+            parts += ["", f"{label}, difference from {REFERENCE}:", comparison_table(found)]
+    if any(row["versus_sequential"] for row in rows.values()):
+        parts += [
+            "",
+            f"Paired by sequence. equivalent: within +-{config['margin']:g} (two one-sided t-tests); different: not "
+            f"shown equivalent, and the paired t-test rejects equality; undecided is no evidence of either. p-values "
+            f"with Holm's correction over the samplers, alpha {ALPHA:g}. power: of the equivalence test, if the true "
+            "difference is 0; detectable: the difference that the paired test finds with a chance of 80 %; needed: "
+            "sequences for a power of 80 %.",
+        ]
+    return "\n".join(parts)
+
+
+def comparison_table(found: dict[str, dict]) -> str:
+    lines = [
+        ["sampler", "verdict", "difference [95 %]", "p equivalent", "p different", "power", "detectable", "needed"]
+    ]
+    for name, row in found.items():
+        lines.append(
+            [
+                name,
+                row["verdict"],
+                with_interval(row, "difference"),
+                f"{row['p_equivalent']:.2g}",
+                f"{row['p_different']:.2g}",
+                f"{row['power']:.2f}",
+                f"{row['detectable']:.3f}",
+                str(row["sequences_needed"]),
+            ]
+        )
+    return aligned(lines)

@@ -97,8 +97,8 @@ def accept(state: Decoding, draft: Draft, n_exact: int, query: Rows, logits_BQV:
     )
     kept_BK = torch.arange(K, device=accepted_B.device) < accepted_B[:, None]
     state.logp_B += chosen(target_logp_BQV[:, :K], draft_ids_BK).where(kept_BK, 0).sum(1)
-    state.proposed_B += tested_BK.sum(dim=1)
-    state.accepted_B += accepted_B
+    state.proposed_BK[:, n_exact:] += tested_BK
+    state.accepted_BK[:, n_exact:] += kept_BK
 
     last = query.at(accepted_B)
     # past the last tested draft there is nothing to subtract: the residual is the target

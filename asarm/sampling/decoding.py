@@ -32,8 +32,9 @@ class Completion:
     ``ids_BN`` holds prompt and drawn tokens, ``logp_B`` (float64, nats) the log-probability of what was drawn under
     the law it was drawn from (for ``parallel`` that is the product of the marginals, not the model's joint).
     ``nfe_B`` counts the network calls that computed a prediction for the sequence, ``aux_nfe_B`` those of an auxiliary
-    draft model; entering a prompt into the cache predicts nothing and is not counted. ``proposed_B`` drafts were put to
-    the test and ``accepted_B`` of them kept (the first draft of a self-drafting round is exact and not counted).
+    draft model; entering a prompt into the cache predicts nothing and is not counted. ``proposed_BK`` drafts were put
+    to the test and ``accepted_BK`` of them kept, by draft index; the first draft of a two-pass round is exact and not
+    counted.
     ``seconds_B`` (float64) is the sequence's share of the wall clock: each round's time, in equal parts.
     """
 
@@ -42,12 +43,20 @@ class Completion:
     nfe_B: torch.Tensor
     aux_nfe_B: torch.Tensor
     rounds_B: torch.Tensor
-    proposed_B: torch.Tensor
-    accepted_B: torch.Tensor
+    proposed_BK: torch.Tensor
+    accepted_BK: torch.Tensor
     seconds_B: torch.Tensor
 
+    @property
+    def proposed_B(self) -> torch.Tensor:
+        return self.proposed_BK.sum(1)
 
-COUNTS = ("nfe_B", "aux_nfe_B", "rounds_B", "proposed_B", "accepted_B")
+    @property
+    def accepted_B(self) -> torch.Tensor:
+        return self.accepted_BK.sum(1)
+
+
+COUNTS = ("nfe_B", "aux_nfe_B", "rounds_B", "proposed_BK", "accepted_BK")
 PREFILL_ROWS = 4096  # prompt tokens, padding included, that enter the cache in one call
 
 
@@ -111,9 +120,8 @@ class Decoding:
         self.draft_uniform_BN, self.accept_uniform_BN, self.target_uniform_BN = self.uniform_XBN
         self.draft = None  # one-pass sampling: what the next call verifies (a Draft)
         self.logp_B = torch.zeros(B, dtype=torch.float64, device=device)
-        self.nfe_B, self.aux_nfe_B, self.rounds_B, self.proposed_B, self.accepted_B = torch.zeros(
-            len(COUNTS), B, dtype=torch.long, device=device
-        )
+        self.nfe_B, self.aux_nfe_B, self.rounds_B = torch.zeros(3, B, dtype=torch.long, device=device)
+        self.proposed_BK, self.accepted_BK = torch.zeros(2, B, config.k, dtype=torch.long, device=device)
         self._seconds_B = [0.0] * B
         self.most_remaining = self._furthest = 0
 
@@ -166,8 +174,8 @@ class Decoding:
         uniform_XBN = rank_uniforms(self._seed, [self._indices[number] for number in numbers], N, 3)
         self.uniform_XBN[:, lane_B] = uniform_XBN.to(device)
         self.settled_B[lane_B] = self.cached_B[lane_B] = self.order.n_visible_B[lane_B]
-        for value_B in (self.logp_B, *(getattr(self, name) for name in COUNTS)):
-            value_B[lane_B] = 0
+        for value in (self.logp_B, *(getattr(self, name) for name in COUNTS)):
+            value[lane_B] = 0
         if self.draft is not None:
             self.draft = replace(self.draft, rows=self.draft.rows.without(lane_B, N))
         width = max(self._n_visible_T[number] for number in numbers)

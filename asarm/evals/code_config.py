@@ -1,0 +1,52 @@
+"""Settings of code infilling; like :mod:`asarm.config`, it imports nothing heavy."""
+
+from dataclasses import dataclass, field
+
+from ..config import require
+from .config import WORDS, InfillEvalConfig
+
+CODE_BENCHMARKS = {  # the published files
+    "single-line": "HumanEval-SingleLineInfilling.jsonl.gz",
+    "multi-line": "HumanEval-MultiLineInfilling.jsonl.gz",
+    "random-span": "HumanEval-RandomSpanInfilling.jsonl.gz",
+    "random-span-light": "HumanEval-RandomSpanInfillingLight.jsonl.gz",
+}
+SANDBOXES = ("auto", "bwrap", "namespaces", "process")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodeInfillConfig(InfillEvalConfig):
+    """Infill lines and spans of HumanEval's programs: pass@k, exact match, edit similarity.
+
+    Args:
+        benchmark: single-line, multi-line, random-span or random-span-light.
+        data_file: JSON lines of the benchmark's form (default: the published file in
+            ASARM_DATA_DIR/eval/humaneval_infill).
+        num_samples: completions of each problem.
+        pass_k: report pass@k for these k, from num_samples samples.
+        allow_code_execution: run the completed programs against their tests, in a sandbox. Without it nothing is
+            executed, and there is no pass@k.
+        sandbox: auto, bwrap, namespaces or process; see asarm/evals/sandbox.py for what each holds.
+        timeout: CPU seconds that a program may take (and ten times as many by the clock).
+        workers: programs executed at the same time (default: one a core).
+    """
+
+    output_dir: str = "runs/code_infill"
+    benchmark: str = "single-line"
+    data_file: str | None = None
+    num_samples: int = 1
+    pass_k: list[int] = field(default_factory=lambda: [1], metadata=WORDS)
+    allow_code_execution: bool = False
+    sandbox: str = "auto"
+    timeout: int = 3
+    workers: int | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self.benchmark in CODE_BENCHMARKS, "benchmark", self.benchmark, f"one of {', '.join(CODE_BENCHMARKS)}")
+        require(self.num_samples >= 1, "num_samples", self.num_samples, "at least 1")
+        for k in self.pass_k:
+            require(1 <= k <= self.num_samples, "pass_k", k, f"from 1 to num_samples, which is {self.num_samples}")
+        require(self.sandbox in SANDBOXES, "sandbox", self.sandbox, f"one of {', '.join(SANDBOXES)}")
+        require(self.timeout >= 1, "timeout", self.timeout, "at least 1 (whole seconds)")
+        require(self.workers is None or self.workers >= 1, "workers", self.workers, "at least 1")

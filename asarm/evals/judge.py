@@ -1,0 +1,90 @@
+"""Generative perplexity: what a causal language model, the judge, makes of the texts.
+
+Every token of a text is scored exactly once, the first after the judge's begin-of-text token where it has one. A text
+longer than the judge's window is read in windows that overlap by half, each scoring only what the one before did not.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch.nn import functional as F
+
+from ..errors import ModelNotFoundError, reason
+from ..loading import this_device
+
+
+@dataclass(frozen=True)
+class Window:
+    """Tokens ``ids`` of text number ``text``; those from ``first`` on are scored, given all before them."""
+
+    text: int
+    ids: list[int]
+    first: int
+
+
+def windows(text: int, ids: list[int], length: int) -> Iterator[Window]:
+    """Windows of at most ``length`` tokens that score every token but the first once, with at least half a window of
+    context wherever so much precedes it."""
+    start, scored = 0, 1
+    while scored < len(ids):
+        end = min(start + length, len(ids))
+        yield Window(text, ids[start:end], scored - start)
+        start, scored = end - length // 2, end
+
+
+class Judge:
+    """A causal language model by name: a folder, or a Hub id, with ``@revision`` or without."""
+
+    def __init__(self, name: str):
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        self.name = name
+        path, _, revision = name.partition("@")
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(path, revision=revision or None)
+            model = AutoModelForCausalLM.from_pretrained(path, revision=revision or None, dtype=torch.float32)
+        except (OSError, ValueError) as error:
+            raise ModelNotFoundError(
+                f"cannot load judge {name!r}: give a folder or a Hub id (with @revision) of a causal language model "
+                f"and its tokenizer ({reason(error)})"
+            ) from error
+        self.model = model.to(this_device()).eval()
+
+    @cached_property
+    def window_length(self) -> int:
+        """The most tokens that the judge reads at once."""
+        longest = self.tokenizer.model_max_length
+        return min(longest, getattr(self.model.config, "max_position_embeddings", longest))
+
+    def encode(self, text: str) -> list[int]:
+        start = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
+        return start + self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+
+    def score(self, texts: list[str], batch_size: int) -> list[tuple[int, float]]:
+        """For each text the number of scored tokens and their summed negative log-likelihood (nats)."""
+        todo = [w for number, text in enumerate(texts) for w in windows(number, self.encode(text), self.window_length)]
+        todo.sort(key=lambda window: len(window.ids))  # little padding
+        tokens, nll = [0] * len(texts), [0.0] * len(texts)
+        for start in range(0, len(todo), batch_size):
+            batch = todo[start : start + batch_size]
+            for window, value in zip(batch, self._nll(batch), strict=True):
+                tokens[window.text] += len(window.ids) - window.first
+                nll[window.text] += value
+        return list(zip(tokens, nll, strict=True))
+
+    @torch.no_grad()
+    def _nll(self, batch: list[Window]) -> list[float]:
+        """Summed negative log-likelihood of each window's scored tokens."""
+        length, device = max(len(window.ids) for window in batch), self.model.device
+        ids_BN = torch.zeros(len(batch), length, dtype=torch.long)
+        given_BN, scored_BN = torch.zeros_like(ids_BN), torch.zeros(len(batch), length, dtype=torch.bool)
+        for b, window in enumerate(batch):
+            ids_BN[b, : len(window.ids)] = torch.tensor(window.ids)
+            given_BN[b, : len(window.ids)] = 1
+            scored_BN[b, window.first : len(window.ids)] = True
+        ids_BN, given_BN = ids_BN.to(device), given_BN.to(device)
+        logits_BNV = self.model(input_ids=ids_BN, attention_mask=given_BN).logits[:, :-1].float()
+        nll_BN = F.cross_entropy(logits_BNV.transpose(1, 2), ids_BN[:, 1:], reduction="none").double()
+        return nll_BN.where(scored_BN[:, 1:].to(device), 0).sum(1).tolist()

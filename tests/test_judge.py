@@ -1,0 +1,84 @@
+"""The judge's perplexity against a loop over tokens, with a small GPT-2 made on the spot."""
+
+import math
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast
+
+from asarm.errors import ModelNotFoundError
+from asarm.evals.judge import Judge, windows
+
+WINDOW = 16
+TEXTS = [
+    "A small grey cat sat on the mat.",
+    "Hi",
+    "The old dog ran to the park, and the children ran after it all the way home, laughing and shouting. " * 2,
+    "",
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, data_dir):
+    path = tmp_path_factory.mktemp("judge")
+    files = data_dir / "tokenizers" / "gpt2"
+    tokenizer = GPT2TokenizerFast(str(files / "vocab.json"), str(files / "merges.txt"))
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=2, n_head=2, n_positions=WINDOW)
+    config.initializer_range = 0.3
+    GPT2LMHeadModel(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@torch.no_grad()
+def nll_by_hand(folder, text: str) -> tuple[int, float]:
+    """One forward pass a token. Windows of 16 tokens start 8 apart: from the 17th token on, the context begins at the
+    last multiple of 8 that leaves the token inside."""
+    model, tokenizer = GPT2LMHeadModel.from_pretrained(folder).eval(), GPT2TokenizerFast.from_pretrained(folder)
+    ids = [tokenizer.bos_token_id, *tokenizer(text).input_ids]
+    total = 0.0
+    for i in range(1, len(ids)):
+        start = 0 if i < WINDOW else (i - WINDOW // 2) // 8 * 8
+        logits_V = model(torch.tensor([ids[start:i]])).logits[0, -1]
+        total -= torch.log_softmax(logits_V.double(), -1)[ids[i]].item()
+    return len(ids) - 1, total
+
+
+def test_perplexity_equals_a_loop_over_tokens(folder):
+    judge = Judge(str(folder))
+    assert judge.window_length == WINDOW
+    for batch_size in (1, 3, 8):
+        for text, (tokens, nll) in zip(TEXTS, judge.score(TEXTS, batch_size), strict=True):
+            expected_tokens, expected = nll_by_hand(folder, text)
+            assert tokens == expected_tokens
+            assert nll == pytest.approx(expected, abs=1e-4)
+    assert judge.score(TEXTS, 2)[2][0] > 2 * WINDOW, "the long text has several windows"
+    assert judge.score(TEXTS, 2)[3] == (0, 0.0)
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 15, 16, 17, 24, 25, 100])
+@pytest.mark.parametrize("length", [2, 5, 16])
+def test_windows_score_every_token_once_with_context(n, length):
+    scored = []
+    for window in windows(0, list(range(n)), length):
+        assert 0 < window.first < len(window.ids) <= length
+        scored += window.ids[window.first :]
+        assert window.first >= min(length // 2, window.ids[window.first])
+    assert scored == list(range(1, n))
+
+
+def test_perplexity_of_a_judge_that_knows_nothing_is_its_vocabulary(folder, tmp_path):
+    model = GPT2LMHeadModel.from_pretrained(folder)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    model.save_pretrained(tmp_path)
+    GPT2TokenizerFast.from_pretrained(folder).save_pretrained(tmp_path)
+    [(tokens, nll)] = Judge(str(tmp_path)).score([TEXTS[2]], 4)
+    assert math.exp(nll / tokens) == pytest.approx(50257, rel=1e-5)
+
+
+def test_a_judge_that_does_not_exist_is_named():
+    with pytest.raises(ModelNotFoundError, match="judge 'no/such-judge'"):
+        Judge("no/such-judge")
