@@ -65,7 +65,6 @@ class Judge:
     def score(self, texts: list[str], batch_size: int) -> list[tuple[int, float]]:
         """For each text the number of scored tokens and their summed negative log-likelihood (nats)."""
         todo = [w for number, text in enumerate(texts) for w in windows(number, self.encode(text), self.window_length)]
-        todo.sort(key=lambda window: len(window.ids))  # little padding
         tokens, nll = [0] * len(texts), [0.0] * len(texts)
         for start in range(0, len(todo), batch_size):
             batch = todo[start : start + batch_size]

@@ -16,6 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from .metrics import judge_nll_per_token
+
 REFERENCE = "sequential"
 STYLES = {  # form of a sampler: colour, marker
     "sequential": ("#000000", "s"),
@@ -86,12 +88,12 @@ def histograms(records: Records) -> Figure:
         "log-probability per token (nats)": lambda r: r["log_prob"] / r["masked"]
     }
     if all("judge_nll" in r for of_sampler in records.values() for r in of_sampler):
-        measures["judge's perplexity"] = lambda r: math.exp(r["judge_nll"] / r["judge_tokens"])
+        measures["judge's perplexity"] = lambda r: math.exp(judge_nll_per_token(r))
     names = list(records)
     figure = Figure(figsize=(1 + 4 * len(measures), 0.8 + 0.85 * len(names)), layout="constrained")
     panels = figure.subplots(len(names), len(measures), sharex="col", sharey="col", squeeze=False)
     for column, (label, value) in enumerate(measures.items()):
-        values = {name: np.array([value(r) for r in records[name] if r.get("judge_tokens") != 0]) for name in names}
+        values = {name: np.array([value(r) for r in records[name]]) for name in names}
         logarithmic = "perplexity" in label
         every = np.concatenate(list(values.values()))
         low, high = np.quantile(every, [0.002, 0.998])

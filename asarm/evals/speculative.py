@@ -18,7 +18,7 @@ from ..infilling import InfillTask
 from ..runlog import read_lines
 from ..tokenizer import TextTokenizer
 from .config import SpeculativeConfig
-from .metrics import distinct, token_entropy
+from .metrics import distinct, judge_nll_per_token, token_entropy
 from .plots import REFERENCE, draw_plots, model_of
 from .records import by_key, by_system
 from .run import EvalRun
@@ -36,8 +36,8 @@ MEASURES = {
     "distinct_2": lambda r: r["distinct_2"],
 }
 JUDGED = {
-    "judge_nll_per_token": lambda r: _judge_nll(r),
-    "judge_ppl": lambda r: math.exp(_judge_nll(r)),
+    "judge_nll_per_token": judge_nll_per_token,
+    "judge_ppl": lambda r: math.exp(judge_nll_per_token(r)),
 }
 HEADINGS = {
     "nfe_per_token": "NFE/token",
@@ -53,11 +53,6 @@ COMPARED = {
     "judge_nll_per_token": "judge's negative log-likelihood (nats/token)",
     "entropy": "entropy (bits)",
 }
-
-
-def _judge_nll(record: dict) -> float:
-    """Nats per token of the judge's; 0 for a text without tokens."""
-    return record["judge_nll"] / max(record["judge_tokens"], 1)
 
 
 def evaluate(config: SpeculativeConfig) -> dict:
