@@ -1,6 +1,7 @@
 """The judge's perplexity against a loop over tokens, with a small GPT-2 made on the spot."""
 
 import math
+import shutil
 
 import pytest
 import torch
@@ -83,11 +84,6 @@ def test_perplexity_of_a_judge_that_knows_nothing_is_its_vocabulary(folder, tmp_
     assert math.exp(nll / tokens) == pytest.approx(50257, rel=1e-5)
 
 
-def test_a_judge_that_does_not_exist_is_named():
-    with pytest.raises(ModelNotFoundError, match="judge 'no/such-judge'"):
-        Judge("no/such-judge")
-
-
 SMALL = {"dataset": "samples", "num_sequences": 4, "max_length": 24, "samplers": ["sequential", "parallel"]}
 
 
@@ -119,8 +115,10 @@ def test_a_judge_reads_the_texts_of_a_finished_run(folder, tmp_path, without_fig
     again = evaluate(judged)
     assert again["complete"] and len(read) == 3, "what was judged is not judged again"
     assert again["samplers"]["sequential"]["judge_ppl"] == row["judge_ppl"]
-    with pytest.raises(OutputDirError, match="name: "):
-        evaluate(SpeculativeConfig(output_dir=str(out), judge="another-judge", **SMALL))
+    copy = tmp_path / "another judge"
+    shutil.copytree(folder, copy)
+    with pytest.raises(OutputDirError, match="judge_model: "):
+        evaluate(SpeculativeConfig(output_dir=str(out), judge=str(copy), **SMALL))
 
 
 def test_shards_judge_what_they_decoded(folder, tmp_path, without_figures):
@@ -131,3 +129,9 @@ def test_shards_judge_what_they_decoded(folder, tmp_path, without_figures):
     assert second["complete"] and second["samplers"]["parallel"]["judge_ppl"] > 1
     assert "PPL of" in report(second) and "judge's negative log-likelihood" in report(second)
     assert len(read_lines(tmp_path / "out" / "judge.jsonl")) == 8
+
+
+def test_a_judge_that_does_not_exist_is_an_error_before_anything_is_decoded(tmp_path):
+    with pytest.raises(ModelNotFoundError, match="judge 'no/such-judge'"):
+        evaluate(SpeculativeConfig(output_dir=str(tmp_path), judge="no/such-judge", **SMALL))
+    assert not (tmp_path / "records.jsonl").exists()
