@@ -4,7 +4,7 @@ Reading order, each module importing only from those before it: errors, config, 
 orders, attention, model, cache, engine, memory, law, density, draft_head, drafter, sampling/ (accept, decoding,
 drafts, sequential, assd, parallel, sample), infilling, loading, data/ (sources, datasets, packing), train/ (schedule,
 objective, head_config, checkpoint, loop, draft_head), evals/ (config, shards, stats, metrics, records, tasks,
-decode, run, judge, plots, likelihood, speculative, grid, infill_eval), bench/ (config, clock, baselines, decode,
+decode, run, judge, plots, likelihood, speculative, grid, infill_eval), bench/ (config, clock, baselines, decode, draft,
 memory, run), cli.
 
 Shape suffixes: B batch, N positions, S slots of the cache, T sequences or targets, R rows, C content rows, Q query

@@ -30,8 +30,10 @@ def test_the_last_line_is_json_and_agrees_with_itself(capsys):
         rounds = result["acceptance"][name]["rounds"]
         assert row["seconds_per_token"] == pytest.approx(row["round_seconds"] * rounds / batch_size)
         assert row["nfe_per_token"] <= 1
+    assert [row["batch_size"] for row in result["draft_steps"]] == [1, 2]
+    assert all(row[way] > 0 for row in result["draft_steps"] for way in ("low_rank", "full", "frequent"))
     assert all(row["peak"] > 0 and row["weights"] > 2**20 for row in result["memory"])
-    assert sum(line.startswith("| float32") for line in lines) == 10 + 2
+    assert sum(line.startswith("| float32") for line in lines) == 10 + 2 + 2
 
 
 def test_only_the_asked_for_rounds_are_played(monkeypatch):

@@ -13,7 +13,13 @@ from conftest import make_model, with_random_head
 from scipy.stats import chisquare
 
 from asarm import Law, Order, SamplerConfig, joint_log_prob, sample
+from asarm.config import DataConfig, OptimizerConfig
+from asarm.draft_head import DraftHead
+from asarm.drafter import attach_draft_head
 from asarm.sampling import assd, decoding
+from asarm.train.draft_head import accumulate_head_gradients
+from asarm.train.head_config import TrainHeadConfig, WindowConfig
+from asarm.train.objective import Batch
 
 FALSE_ALARM = 1e-6
 DRAWS = 100_000
@@ -81,6 +87,43 @@ SAMPLERS = [
 @pytest.mark.parametrize("config", SAMPLERS, ids=lambda c: f"{c.full_name}-k{c.k}{'-no-bonus' * (not c.bonus_token)}")
 def test_sampler_has_the_law_of_the_model(model, config, prompt):
     assert p_value(model, prompt, config, enumerated(model, prompt)) > FALSE_ALARM
+
+
+@pytest.fixture(scope="module")
+def model_with_trained_head():
+    """The head learns from the model's own samples, until its total variation from the model has fallen by a third."""
+    trunk, steps = make_model(vocab_size=V, seed=0), 150
+    config = TrainHeadConfig(
+        output_dir="unused",
+        data=DataConfig(files=["unused"]),
+        windows=WindowConfig(k=4, per_row=4, kl_steps=steps // 2),
+        optimizer=OptimizerConfig(rows_per_step=32, rows_per_pass=32, precision="fp32"),
+    )
+    torch.manual_seed(0)
+    head = DraftHead.for_trunk(trunk, width=16, n_head=2, rank=6).train()
+    optimizer = torch.optim.AdamW(head.parameters(), lr=1e-2)
+    visible_BN = torch.tensor([[True, False, False, False, False], [False] * 5]).repeat(16, 1)
+    order, variation = Order.from_visible(visible_BN), []
+    for step in range(steps):
+        ids_BN = torch.randint(1, V, visible_BN.shape)
+        ids_BN = sample(trunk, ids_BN, order, SamplerConfig("sequential"), seed=step).ids_BN
+        measured = accumulate_head_gradients(trunk, head, Batch(ids_BN, visible_BN), torch.rand(32, 4), step, config)
+        variation.append(measured["total_variation"])
+        optimizer.step()
+        optimizer.zero_grad()
+    assert sum(variation[-5:]) < 2 / 3 * sum(variation[:5])
+    attach_draft_head(trunk, head)
+    return trunk
+
+
+@pytest.mark.parametrize("name", ["assd-head", "assd-head+one-pass"])
+def test_sampler_with_a_trained_head_has_the_law_of_the_model(model_with_trained_head, name, monkeypatch):
+    trunk = model_with_trained_head
+    prompt, config = PROMPTS["none given"], SamplerConfig.named(name, k=3, temperature=TEMPERATURE)
+    table = enumerated(trunk, prompt)
+    assert p_value(trunk, prompt, config, table) > FALSE_ALARM
+    _no_residual(monkeypatch)
+    assert p_value(trunk, prompt, config, table) < FALSE_ALARM
 
 
 @pytest.mark.parametrize("name", ["sequential", "assd", "assd-head", "assd-ngram"])

@@ -9,6 +9,7 @@ from ..runlog import provenance
 from .baselines import gpt2_token_seconds, xlnet_call_seconds
 from .config import BenchDecodeConfig
 from .decode import ACCEPTANCE_LENGTH, acceptance_of, cost, model_of, streaming_seconds
+from .draft import draft_step_seconds
 from .memory import memory_of
 
 
@@ -18,7 +19,7 @@ def bench(config: BenchDecodeConfig) -> dict:
         torch.set_num_threads(config.num_threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     acceptance = acceptance_of(config)
-    rows = []
+    rows, draft_steps = [], []
     for dtype in config.dtypes:
         model = model_of(config, device, dtype)
         limits = streaming_seconds(model, engine_of(model, config.compile))
@@ -30,6 +31,10 @@ def bench(config: BenchDecodeConfig) -> dict:
             for name in config.samplers:
                 row = {"dtype": dtype, "batch_size": batch_size, "sampler": name} | limits
                 rows.append(row | cost(config, model, name, batch_size, acceptance[name]) | baselines)
+                if name == "assd-head":
+                    steps = draft_step_seconds(model, config.k, batch_size)
+                    call = {"call_seconds": rows[-1]["call_seconds"]}
+                    draft_steps.append({"dtype": dtype, "batch_size": batch_size} | call | steps)
             if config.baseline:
                 step = gpt2_token_seconds(config.length, batch_size, device, model.dtype)
                 rows.append(
@@ -46,6 +51,7 @@ def bench(config: BenchDecodeConfig) -> dict:
         "config": asdict(config),
         "acceptance": acceptance,
         "rows": rows,
+        "draft_steps": draft_steps,
         "memory": memory,
         "threads": torch.get_num_threads(),
         "provenance": provenance(),
@@ -87,6 +93,16 @@ def report(result: dict) -> str:
         if config["baseline"]:
             text += f", uncached Hugging Face call {1e3 * of_dtype[0]['uncached_call_seconds']:.0f} ms"
         lines.append(text)
+    if result["draft_steps"]:
+        lines += ["", f"A round's {config['k']} draft steps in ms, by the rank of the head's correction:", ""]
+        lines += [
+            "| dtype | batch | rank 128 | full | full, 8,192 tokens | rank 128 / call |",
+            "|---|---|---|---|---|---|",
+        ]
+    for row in result["draft_steps"]:
+        times = [f"{1e3 * row[key]:.1f}" for key in ("low_rank", "full", "frequent")]
+        cells = [row["dtype"], row["batch_size"], *times, f"{row['low_rank'] / row['call_seconds']:.2f}"]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
     lines += ["", "| dtype | positions | weights (MiB) | one sequence, peak (MiB) |", "|---|---|---|---|"]
     for row in result["memory"]:
         lines.append(f"| {row['dtype']} | {row['length']} | {row['weights'] / 2**20:.0f} | {row['peak'] / 2**20:.0f} |")

@@ -1,0 +1,52 @@
+"""What a round's draft steps take with a draft head, for three ways to reach the vocabulary."""
+
+import torch
+
+from ..draft_head import DraftHead
+from ..drafter import Drafter
+from ..engine import Projection, can_pack
+from ..law import Law, draw
+from ..model import AnySubsetLM
+from .clock import median_seconds
+
+FREQUENT = 8192  # tokens of a frequency-ranked draft vocabulary
+
+
+@torch.no_grad()
+def draft_step_seconds(model: AnySubsetLM, k: int, batch_size: int) -> dict[str, float]:
+    """Seconds for the k steps of a round, distributions and draws included.
+
+    ``low_rank``: a correction of rank 128 to the trunk's logits, as the head does it. ``full``: a correction of full
+    rank, which reads as much as the trunk's vocabulary projection. ``frequent``: the same onto the 8,192 tokens that a
+    frequency-ranked draft vocabulary would hold.
+    """
+    c, device, dtype = model.config, model.device, model.dtype
+    low_rank, full = (
+        Drafter(DraftHead.for_trunk(model, rank=rank).to(dtype).eval()) for rank in (min(128, c.d_model), c.d_model)
+    )
+    frequent = Drafter(full.head)
+    weight_VE = full.head.vocabulary.weight.detach()[:FREQUENT]
+    frequent.vocabulary = Projection(weight_VE, None, None, can_pack(device, dtype))
+
+    generator = torch.Generator().manual_seed(0)
+    states_BKE = torch.randn(batch_size, k, c.d_model, generator=generator).to(device, dtype)
+    uniform_BK = torch.rand(batch_size, k, generator=generator, dtype=torch.float64).to(device)
+    distance_BK = torch.ones(batch_size, k, dtype=torch.long, device=device)
+    base_logits_BKV = model.logits(states_BKE)
+
+    def seconds(drafter: Drafter, vocab_size: int) -> float:
+        law = Law(banned_ids=(model.mask_token_id,))
+
+        def steps() -> None:
+            started = drafter.begin(states_BKE, base_logits_BKV[..., :vocab_size], distance_BK, n_missing=0)
+            token_B = torch.zeros(batch_size, dtype=torch.long, device=device)
+            for j in range(k):
+                token_B = draw(law.probs(started.step(j, token_B)), uniform_BK[:, j])
+
+        return median_seconds(steps, device, repeats=15, warm_up=3)
+
+    return {
+        "low_rank": seconds(low_rank, c.vocab_size),
+        "full": seconds(full, c.vocab_size),
+        "frequent": seconds(frequent, min(FREQUENT, c.vocab_size)),
+    }
