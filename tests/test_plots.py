@@ -92,3 +92,9 @@ def test_a_grid_has_a_column_of_panels_for_each_value_of_its_second_setting(reco
     assert len(figure.axes) == 6 and figure.axes[0].get_title() == "max_length = 64"
     assert [label.get_text() for label in figure.axes[-1].get_xticklabels()] == grid["order"]
     assert drawn(figure.axes[0])["assd"] == [[0, 0.5], [1, 0.5]]
+
+
+def test_one_sequence_has_figures_but_no_verdicts(records, tmp_path):
+    one = {name: of_sampler[:1] for name, of_sampler in records.items() if name != "assd:3"}
+    files = plots.draw_plots(tmp_path, one, rows_of(one), 0.1)
+    assert {path.stem for path in files} == {"histograms", "acceptance", "calls_by_k", "quality_by_calls"}
