@@ -150,7 +150,7 @@ def acceptance(records: Records) -> Figure | None:
 
 
 def calls_by_k(rows: Rows) -> Figure | None:
-    """Network calls and seconds against k, as multiples of one token a call."""
+    """Network calls and seconds against k; the reference is dotted."""
     forms = {form: line for form, line in _lines(rows).items() if form != REFERENCE}
     if not forms:
         return None
@@ -204,9 +204,9 @@ def equivalence(rows: Rows, margin: float) -> Figure | None:
         axes.axvspan(-margin, margin, color="#DDDDDD")
         axes.axvline(0, color="black", linewidth=0.8)
         for y, (name, row) in enumerate(found.items()):
-            test = row[key]
-            low, high = test["difference"] - test["difference_low"], test["difference_high"] - test["difference"]
-            axes.errorbar(test["difference"], y, xerr=[[low], [high]], capsize=3, markersize=6, **_style(name))
+            x, low, high = (row[key][f"difference{end}"] for end in ("", "_low", "_high"))
+            axes.plot([low, high], [y, y], marker="|", color=_style(name)["color"])
+            axes.plot(x, y, markersize=6, **_style(name))
         axes.set_title(titles[key], fontsize=9)
         axes.set_xscale("symlog", linthresh=2 * margin)  # the margin and a biased sampler in one picture
         axes.set_xticks([-1, -margin, 0, margin, 1], [f"{x:g}" for x in (-1, -margin, 0, margin, 1)])
@@ -221,7 +221,7 @@ def equivalence(rows: Rows, margin: float) -> Figure | None:
 def grid_figure(grid: dict[str, list], cells: list[dict]) -> Figure:
     """Measures of every sampler against the grid's first setting, a column of panels for each value of the others.
 
-    A cell holds its settings and, under ``samplers``, the rows of its summary.
+    A cell holds its settings and, under ``samplers``, the rows of its summary. Baselines are left to the table.
     """
     labels = {
         "nfe_per_token": "calls/token",
@@ -238,7 +238,7 @@ def grid_figure(grid: dict[str, list], cells: list[dict]) -> Figure:
         mine = [cell for cell in cells if all(cell[key] == value for key, value in point.items())]
         x = [cell[first] if numeric else grid[first].index(cell[first]) for cell in mine]
         for axes, key in zip(panels[:, column], labels, strict=True):
-            for name in mine[0]["samplers"]:
+            for name in filter(lambda system: not model_of(system), mine[0]["samplers"]):
                 _with_intervals(axes, name, x, [cell["samplers"][name] for cell in mine], key)
         panels[0, column].set_title(", ".join(f"{key} = {value}" for key, value in point.items()), fontsize=9)
         panels[-1, column].set_xlabel(first)
