@@ -1,13 +1,18 @@
 """The judge's perplexity against a loop over tokens, with a small GPT-2 made on the spot."""
 
 import math
+import shutil
 
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast
 
-from asarm.errors import ModelNotFoundError
+from asarm.errors import ModelNotFoundError, OutputDirError
+from asarm.evals import speculative
+from asarm.evals.config import SpeculativeConfig
 from asarm.evals.judge import Judge, windows
+from asarm.evals.speculative import evaluate, report
+from asarm.runlog import read_lines
 
 WINDOW = 16
 TEXTS = [
@@ -79,6 +84,54 @@ def test_perplexity_of_a_judge_that_knows_nothing_is_its_vocabulary(folder, tmp_
     assert math.exp(nll / tokens) == pytest.approx(50257, rel=1e-5)
 
 
-def test_a_judge_that_does_not_exist_is_named():
+SMALL = {"dataset": "samples", "num_sequences": 4, "max_length": 24, "samplers": ["sequential", "parallel"]}
+
+
+@pytest.fixture
+def without_figures(monkeypatch):
+    monkeypatch.setattr(speculative, "draw_plots", lambda *_: None)
+
+
+def test_a_judge_reads_the_texts_of_a_finished_run(folder, tmp_path, without_figures, monkeypatch):
+    out = tmp_path / "out"
+    before = evaluate(SpeculativeConfig(output_dir=str(out), **SMALL))
+    assert before["samplers"]["sequential"]["judge_ppl"] is None
+    decoded = (out / "records.jsonl").read_bytes()
+    judged = SpeculativeConfig(output_dir=str(out), judge=str(folder), **SMALL)
+    row = evaluate(judged)["samplers"]["sequential"]
+    assert (out / "records.jsonl").read_bytes() == decoded, "nothing is decoded again"
+    texts = [r["text"] for r in read_lines(out / "records.jsonl") if r["sampler"] == "sequential"]
+    by_hand = [math.exp(nll / tokens) for tokens, nll in (nll_by_hand(folder, text) for text in texts)]
+    assert row["judge_ppl"] == pytest.approx(sum(by_hand) / 4, rel=1e-4)
+    assert row["judge_ppl_low"] < row["judge_ppl"] < row["judge_ppl_high"]
+
+    lines = (out / "judge.jsonl").read_text().splitlines(keepends=True)
+    (out / "judge.jsonl").write_text("".join(lines[:5]) + lines[5][:20])  # as a kill leaves it
+    (out / "summary.json").unlink()
+    read, score = [], Judge.score
+    monkeypatch.setattr(
+        Judge, "score", lambda judge, texts, batch_size: read.extend(texts) or score(judge, texts, batch_size)
+    )
+    again = evaluate(judged)
+    assert again["complete"] and len(read) == 3, "what was judged is not judged again"
+    assert again["samplers"]["sequential"]["judge_ppl"] == row["judge_ppl"]
+    copy = tmp_path / "another judge"
+    shutil.copytree(folder, copy)
+    with pytest.raises(OutputDirError, match="judge_model: "):
+        evaluate(SpeculativeConfig(output_dir=str(out), judge=str(copy), **SMALL))
+
+
+def test_shards_judge_what_they_decoded(folder, tmp_path, without_figures):
+    settings = SMALL | {"judge": str(folder), "output_dir": str(tmp_path / "out")}
+    first = evaluate(SpeculativeConfig(shard="0/2", **settings))
+    assert not first["complete"] and (first["recorded"], first["expected"]) == (8, 16)
+    second = evaluate(SpeculativeConfig(shard="1/2", **settings))
+    assert second["complete"] and second["samplers"]["parallel"]["judge_ppl"] > 1
+    assert "PPL of" in report(second) and "judge's negative log-likelihood" in report(second)
+    assert len(read_lines(tmp_path / "out" / "judge.jsonl")) == 8
+
+
+def test_a_judge_that_does_not_exist_is_an_error_before_anything_is_decoded(tmp_path):
     with pytest.raises(ModelNotFoundError, match="judge 'no/such-judge'"):
-        Judge("no/such-judge")
+        evaluate(SpeculativeConfig(output_dir=str(tmp_path), judge="no/such-judge", **SMALL))
+    assert not (tmp_path / "records.jsonl").exists()

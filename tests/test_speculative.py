@@ -1,4 +1,8 @@
-"""The main job: records, summary, resuming after a kill."""
+"""The main job: records, summary, verdicts, figures, grids, resuming after a kill.
+
+Verdicts are on fixed seeds; by the power of the tests, the sampler without a bug would miss its verdict less than once
+in 10^4 seeds, and a bug would pass less often than that.
+"""
 
 import json
 import os
@@ -6,20 +10,33 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import numpy as np
 import pytest
+import yaml
+from conftest import make_model, with_random_head
 
-from asarm.errors import OutputDirError
+from asarm.config import SamplerConfig
+from asarm.errors import ConfigError, OutputDirError
+from asarm.evals import run as run_module
+from asarm.evals import speculative
 from asarm.evals.config import SpeculativeConfig
-from asarm.evals.metrics import token_entropy
+from asarm.evals.decode import decode
+from asarm.evals.grid import evaluate_grid, grid_report
+from asarm.evals.metrics import distinct, token_entropy
 from asarm.evals.records import RecordLog
 from asarm.evals.shards import Shard
-from asarm.evals.speculative import evaluate, report
+from asarm.evals.speculative import evaluate, masked_sequences, plain_text, replot, report, summarise
 from asarm.evals.stats import mean_and_se
+from asarm.infilling import InfillTask
 from asarm.runlog import read_lines
+from asarm.sampling import assd
+from asarm.tokenizer import TextTokenizer
 
 SAMPLERS = ["sequential", "assd", "assd+one-pass", "assd-head", "assd-head+one-pass", "assd-ngram", "parallel"]
-SMALL = {"dataset": "samples", "num_sequences": 6, "max_length": 48, "batch_size": 3}
+ROOT = Path(__file__).parents[1]
+SMALL = {"dataset": "samples", "num_sequences": 6, "max_length": 32, "batch_size": 3}
 
 
 def records(folder) -> list[dict]:
@@ -41,8 +58,10 @@ def test_every_sequence_of_every_sampler_is_recorded(finished):
     found = records(folder)
     assert len(found) == len(SAMPLERS) * 6 == len(without_seconds(found))
     for r in found:
-        assert r["masked"] == 46 and r["tokens"] == 48  # 5 % of 48 are given
+        assert r["masked"] == 30 and r["tokens"] == 32  # 5 % of 32 are given
         assert r["nfe"] <= r["masked"] and r["log_prob"] < 0 < r["seconds"]
+        assert sum(r["proposed_by_index"]) == r["proposed"] and sum(r["accepted_by_index"]) == r["accepted"]
+        assert len(r["accepted_by_index"]) == r["k"] == 5 and 0 < r["distinct_1"] <= r["distinct_2"] <= 1
     assert json.loads((folder / "summary.json").read_text()) == summary
 
 
@@ -61,7 +80,9 @@ def test_summary_holds_plain_numbers_with_standard_errors(finished):
     assert summary["samplers"]["assd-ngram"]["aux_nfe_per_token"] == summary["samplers"]["assd-ngram"]["nfe_per_token"]
     assert {"commit", "torch", "device", "time"} <= set(summary["provenance"])
     lines = report(summary).splitlines()
-    assert len(lines) == 2 + len(SAMPLERS) and "95% masked" in lines[0]
+    assert "95% masked" in lines[0] and [line.split()[0] for line in lines[2:9]] == SAMPLERS
+    verdicts = [line.split()[0] for line in lines if {"undecided", "different", "equivalent"} & {*line.split()[1:2]}]
+    assert verdicts == 2 * SAMPLERS[1:]  # in log-probability and in entropy
 
 
 def test_records_do_not_depend_on_the_batch_size(finished, tmp_path):
@@ -163,3 +184,124 @@ def test_measures_against_hand_worked_cases():
     assert token_entropy(range(8)) == pytest.approx(3.0)
     assert mean_and_se([2.0]) == (2.0, 0.0)
     assert mean_and_se([1.0, 3.0]) == (2.0, 1.0)
+    assert distinct([1, 1, 2, 1, 1], 1) == 0.4 and distinct([1, 1, 2, 1, 1], 2) == 0.75
+    assert distinct([1], 2) == 1
+
+
+def test_separators_of_documents_are_line_breaks_to_a_reader():
+    tokenizer = TextTokenizer.from_pretrained("tiny-english")
+    ids = [*tokenizer.encode("The end."), tokenizer.separator_id, *tokenizer.encode("Once upon")]
+    assert plain_text(tokenizer, ids) == "The end.\nOnce upon"
+    assert plain_text(tokenizer, [tokenizer.separator_id]) == ""
+
+
+def test_the_order_decides_what_is_given_and_the_limit_how_many():
+    rows = [np.arange(20) for _ in range(4)]
+    settings = {"num_sequences": 4, "max_length": 20, "visible_fraction": 0.3}
+    random = masked_sequences(SpeculativeConfig(**settings), rows)
+    left = masked_sequences(SpeculativeConfig(**settings, order="left-to-right", limit=3), rows)
+    assert [sum(task.visible) for task in random] == [6] * 4 and len({tuple(task.visible) for task in random}) > 1
+    assert [task.visible for task in left] == [[True] * 6 + [False] * 14] * 3
+
+
+def records_of_small_model(samplers: dict[str, SamplerConfig], n: int = 1000) -> dict[str, list[dict]]:
+    """All samplers on the same prompts, by a random model of 30 tokens and 16 positions."""
+    model = with_random_head(make_model(vocab_size=30, seed=3, spread=1.2))
+    tasks = [InfillTask([i % 29 + 1, *[1] * 15], [True] + [False] * 15, i) for i in range(n)]
+    unused = {"entropy": 0.0, "distinct_1": 0.0, "distinct_2": 0.0}
+    found = {}
+    for name, config in samplers.items():
+        measures = {task.index: m for task, _, m in decode(model, tasks, config, 0, 200)}
+        found[name] = [unused | measures[i] for i in range(n)]
+    return found
+
+
+@pytest.fixture(scope="module")
+def reference() -> dict[str, list[dict]]:
+    return records_of_small_model({"sequential": SamplerConfig("sequential")})
+
+
+def comparison(records: dict[str, list[dict]]) -> dict[str, dict]:
+    rows = summarise(records, SpeculativeConfig(margin=0.1))
+    return {name: row["versus_sequential"]["log_prob_per_token"] for name, row in rows.items() if name != "sequential"}
+
+
+def test_exact_samplers_are_equivalent_and_the_biased_one_is_not(reference):
+    exact = ["assd", "assd-head+one-pass", "assd-ngram"]
+    samplers = {name: SamplerConfig.named(name, k=4) for name in [*exact, "parallel"]}
+    found = comparison(reference | records_of_small_model(samplers))
+    assert all(found[name]["power"] > 0.9999 for name in exact)
+    verdicts = {name: row["verdict"] for name, row in found.items()}
+    assert verdicts == dict.fromkeys(exact, "equivalent") | {"parallel": "different"}
+
+
+@pytest.mark.parametrize("name", ["assd", "assd+one-pass"])
+def test_a_sampler_that_keeps_every_draft_is_different(reference, name, monkeypatch):
+    monkeypatch.setattr(assd, "accepted_prefix", lambda draft, target, uniform, valid, slack: valid.sum(1))
+    planted = records_of_small_model({name: SamplerConfig.named(name, k=4)})
+    assert comparison(reference | planted)[name]["verdict"] == "different"
+
+
+def test_a_sampler_with_slack_in_its_acceptance_is_different(reference):
+    slack = records_of_small_model({"assd": SamplerConfig("assd", k=4, accept_slack=0.5)})
+    assert comparison(reference | slack)["assd"]["verdict"] == "different"
+
+
+def test_figures_are_drawn_again_from_the_records_alone(finished, tmp_path):
+    folder, _ = finished
+    names = {"histograms.png", "acceptance.png", "calls_by_k.png", "quality_by_calls.png", "equivalence.png"}
+    for name in names:
+        (folder / name).unlink()
+    assert {path.name for path in replot(folder)} == names
+    assert all((folder / name).stat().st_size > 10_000 for name in names)
+    with pytest.raises(OutputDirError, match="no finished run"):
+        replot(tmp_path)
+
+
+def test_a_grid_is_a_run_a_cell_and_finished_cells_are_not_run_again(tmp_path, monkeypatch):
+    grid = {"k": [2], "order": ["any-subset", "left-to-right"]}
+    small = SMALL | {"num_sequences": 3, "max_length": 16, "samplers": ["sequential", "assd"], "grid": grid}
+    monkeypatch.setattr(speculative, "draw_plots", lambda *_: None)  # of each cell; not what is tested here
+    one = evaluate_grid(SpeculativeConfig(output_dir=str(tmp_path / "one"), **small))
+    assert one["complete"] and [(c["k"], c["order"]) for c in one["cells"]] == [(2, o) for o in grid["order"]]
+    cell = json.loads((tmp_path / "one" / "k=2,order=left-to-right" / "summary.json").read_text())
+    assert cell["config"]["k"] == 2 and cell["samplers"] == one["cells"][1]["samplers"]
+    assert len(grid_report(one).splitlines()) == 1 + 2 * 2 and (tmp_path / "one" / "grid.png").stat().st_size > 10_000
+
+    first = evaluate_grid(SpeculativeConfig(output_dir=str(tmp_path / "two"), shard="0/2", **small))
+    assert not first["complete"] and (first["recorded"], first["expected"]) == (8, 12)
+    assert not (tmp_path / "two" / "grid.json").exists()
+    second = evaluate_grid(SpeculativeConfig(output_dir=str(tmp_path / "two"), shard="1/2", **small))
+    for cell, same in zip(one["cells"], second["cells"], strict=True):
+        for name, row in cell["samplers"].items():
+            assert same["samplers"][name]["nfe_per_token"] == row["nfe_per_token"]
+
+    monkeypatch.setattr(run_module, "load", None)  # nothing is left that needs a model
+    assert evaluate_grid(SpeculativeConfig(output_dir=str(tmp_path / "one"), **small))["cells"] == one["cells"]
+    with pytest.raises(OutputDirError, match="num_sequences: 3 there, 4 now"):
+        evaluate_grid(SpeculativeConfig(output_dir=str(tmp_path / "one"), **small | {"num_sequences": 4}))
+
+
+@pytest.mark.parametrize(
+    ("grid", "message"),
+    [
+        ({"kk": [1]}, "grid must be made of settings .* got 'kk'"),
+        ({"k": 3}, "grid.k must be a list of values such as 5, got 3"),
+        ({"k": ["a"]}, "grid.k must be a list"),
+        ({"k": []}, "grid.k"),
+        ({"k": [0]}, "k must be at least 1, got 0"),
+    ],
+)
+def test_a_grid_that_makes_no_sense_is_refused_at_once(grid, message):
+    with pytest.raises(ConfigError, match=message):
+        SpeculativeConfig(grid=grid)
+
+
+CONFIGS = [path for path in (ROOT / "configs" / "eval").glob("*.yaml") if path.stem.startswith(("abl", "spec"))]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_recipes_are_valid(path):
+    config = SpeculativeConfig(**yaml.safe_load(path.read_text()))
+    assert config.output_dir == f"runs/{path.stem}" and f"--config configs/eval/{path.name}" in path.read_text()
+    assert len(config.cells()) == np.prod([len(values) for values in config.grid.values()]) * bool(config.grid)

@@ -10,6 +10,7 @@ from functools import cached_property
 
 import torch
 from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ..errors import ModelNotFoundError, reason
 from ..loading import this_device
@@ -35,28 +36,31 @@ def windows(text: int, ids: list[int], length: int) -> Iterator[Window]:
 
 
 class Judge:
-    """A causal language model by name: a folder, or a Hub id, with ``@revision`` or without."""
+    """A causal language model by name: a folder, or a Hub id, with ``@revision`` or without.
+
+    A name that leads nowhere is an error at once; the weights are loaded when the first text is scored.
+    """
 
     def __init__(self, name: str):
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
         self.name = name
-        path, _, revision = name.partition("@")
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(path, revision=revision or None)
-            model = AutoModelForCausalLM.from_pretrained(path, revision=revision or None, dtype=torch.float32)
-        except (OSError, ValueError) as error:
-            raise ModelNotFoundError(
-                f"cannot load judge {name!r}: give a folder or a Hub id (with @revision) of a causal language model "
-                f"and its tokenizer ({reason(error)})"
-            ) from error
-        self.model = model.to(this_device()).eval()
+        self.tokenizer = self._load(AutoTokenizer)
+        config = self._load(AutoConfig)
+        longest = self.tokenizer.model_max_length
+        self.window_length = min(longest, getattr(config, "max_position_embeddings", longest))
 
     @cached_property
-    def window_length(self) -> int:
-        """The most tokens that the judge reads at once."""
-        longest = self.tokenizer.model_max_length
-        return min(longest, getattr(self.model.config, "max_position_embeddings", longest))
+    def model(self) -> torch.nn.Module:
+        return self._load(AutoModelForCausalLM, dtype=torch.float32).to(this_device()).eval()
+
+    def _load(self, kind: type, **settings):
+        path, _, revision = self.name.partition("@")
+        try:
+            return kind.from_pretrained(path, revision=revision or "main", **settings)
+        except (OSError, ValueError) as error:
+            raise ModelNotFoundError(
+                f"cannot load judge {self.name!r}: give a folder or a Hub id (with @revision) of a causal language "
+                f"model and its tokenizer ({reason(error)})"
+            ) from error
 
     def encode(self, text: str) -> list[int]:
         start = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
@@ -65,7 +69,6 @@ class Judge:
     def score(self, texts: list[str], batch_size: int) -> list[tuple[int, float]]:
         """For each text the number of scored tokens and their summed negative log-likelihood (nats)."""
         todo = [w for number, text in enumerate(texts) for w in windows(number, self.encode(text), self.window_length)]
-        todo.sort(key=lambda window: len(window.ids))  # little padding
         tokens, nll = [0] * len(texts), [0.0] * len(texts)
         for start in range(0, len(todo), batch_size):
             batch = todo[start : start + batch_size]

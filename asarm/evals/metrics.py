@@ -19,6 +19,11 @@ def distinct(ids: Sequence[int], n: int) -> float:
     return len(set(ngrams)) / len(ngrams) if ngrams else 1.0
 
 
+def judge_nll_per_token(record: dict) -> float:
+    """Nats per token of a text that a judge has read; 0 for a text without tokens."""
+    return record["judge_nll"] / max(record["judge_tokens"], 1)
+
+
 @cache
 def _rouge_scorer():
     from rouge_score.rouge_scorer import RougeScorer

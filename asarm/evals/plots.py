@@ -16,6 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from .metrics import judge_nll_per_token
+
 REFERENCE = "sequential"
 STYLES = {  # form of a sampler: colour, marker
     "sequential": ("#000000", "s"),
@@ -86,12 +88,12 @@ def histograms(records: Records) -> Figure:
         "log-probability per token (nats)": lambda r: r["log_prob"] / r["masked"]
     }
     if all("judge_nll" in r for of_sampler in records.values() for r in of_sampler):
-        measures["judge's perplexity"] = lambda r: math.exp(r["judge_nll"] / r["judge_tokens"])
+        measures["judge's perplexity"] = lambda r: math.exp(judge_nll_per_token(r))
     names = list(records)
     figure = Figure(figsize=(1 + 4 * len(measures), 0.8 + 0.85 * len(names)), layout="constrained")
     panels = figure.subplots(len(names), len(measures), sharex="col", sharey="col", squeeze=False)
     for column, (label, value) in enumerate(measures.items()):
-        values = {name: np.array([value(r) for r in records[name] if r.get("judge_tokens") != 0]) for name in names}
+        values = {name: np.array([value(r) for r in records[name]]) for name in names}
         logarithmic = "perplexity" in label
         every = np.concatenate(list(values.values()))
         low, high = np.quantile(every, [0.002, 0.998])
@@ -148,7 +150,7 @@ def acceptance(records: Records) -> Figure | None:
 
 
 def calls_by_k(rows: Rows) -> Figure | None:
-    """Network calls and seconds against k, as multiples of one token a call."""
+    """Network calls and seconds against k; the reference is dotted."""
     forms = {form: line for form, line in _lines(rows).items() if form != REFERENCE}
     if not forms:
         return None
@@ -202,9 +204,9 @@ def equivalence(rows: Rows, margin: float) -> Figure | None:
         axes.axvspan(-margin, margin, color="#DDDDDD")
         axes.axvline(0, color="black", linewidth=0.8)
         for y, (name, row) in enumerate(found.items()):
-            test = row[key]
-            low, high = test["difference"] - test["difference_low"], test["difference_high"] - test["difference"]
-            axes.errorbar(test["difference"], y, xerr=[[low], [high]], capsize=3, markersize=6, **_style(name))
+            x, low, high = (row[key][f"difference{end}"] for end in ("", "_low", "_high"))
+            axes.plot([low, high], [y, y], marker="|", color=_style(name)["color"])
+            axes.plot(x, y, markersize=6, **_style(name))
         axes.set_title(titles[key], fontsize=9)
         axes.set_xscale("symlog", linthresh=2 * margin)  # the margin and a biased sampler in one picture
         axes.set_xticks([-1, -margin, 0, margin, 1], [f"{x:g}" for x in (-1, -margin, 0, margin, 1)])
@@ -219,7 +221,7 @@ def equivalence(rows: Rows, margin: float) -> Figure | None:
 def grid_figure(grid: dict[str, list], cells: list[dict]) -> Figure:
     """Measures of every sampler against the grid's first setting, a column of panels for each value of the others.
 
-    A cell holds its settings and, under ``samplers``, the rows of its summary.
+    A cell holds its settings and, under ``samplers``, the rows of its summary. Baselines are left to the table.
     """
     labels = {
         "nfe_per_token": "calls/token",
@@ -236,7 +238,7 @@ def grid_figure(grid: dict[str, list], cells: list[dict]) -> Figure:
         mine = [cell for cell in cells if all(cell[key] == value for key, value in point.items())]
         x = [cell[first] if numeric else grid[first].index(cell[first]) for cell in mine]
         for axes, key in zip(panels[:, column], labels, strict=True):
-            for name in mine[0]["samplers"]:
+            for name in filter(lambda system: not model_of(system), mine[0]["samplers"]):
                 _with_intervals(axes, name, x, [cell["samplers"][name] for cell in mine], key)
         panels[0, column].set_title(", ".join(f"{key} = {value}" for key, value in point.items()), fontsize=9)
         panels[-1, column].set_xlabel(first)

@@ -9,6 +9,7 @@ from itertools import groupby
 from pathlib import Path
 
 import yaml
+from tqdm import tqdm
 
 from ..data.datasets import load_text
 from ..data.packing import pack_all
@@ -18,7 +19,8 @@ from ..infilling import InfillTask
 from ..runlog import read_lines
 from ..tokenizer import TextTokenizer
 from .config import SpeculativeConfig
-from .metrics import distinct, token_entropy
+from .judge import Judge
+from .metrics import distinct, judge_nll_per_token, token_entropy
 from .plots import REFERENCE, draw_plots, model_of
 from .records import by_key, by_system
 from .run import EvalRun
@@ -36,8 +38,8 @@ MEASURES = {
     "distinct_2": lambda r: r["distinct_2"],
 }
 JUDGED = {
-    "judge_nll_per_token": lambda r: _judge_nll(r),
-    "judge_ppl": lambda r: math.exp(_judge_nll(r)),
+    "judge_nll_per_token": judge_nll_per_token,
+    "judge_ppl": lambda r: math.exp(judge_nll_per_token(r)),
 }
 HEADINGS = {
     "nfe_per_token": "NFE/token",
@@ -55,15 +57,11 @@ COMPARED = {
 }
 
 
-def _judge_nll(record: dict) -> float:
-    """Nats per token of the judge's; 0 for a text without tokens."""
-    return record["judge_nll"] / max(record["judge_tokens"], 1)
-
-
 def evaluate(config: SpeculativeConfig) -> dict:
     """Run, or go on with, the comparison; returns what ``summary.json`` holds."""
     text, documents = load_text(config.dataset, config.data_file, config.dataset_config, config.split)
     run = EvalRun(config)
+    judge = None if config.judge is None else Judge(config.judge)
     for candidate in run.candidates():
         require_memory_for_density(candidate.model, config.batch_size, config.max_length)
         tasks = masked_sequences(config, pack_all(documents, candidate.tokenizer, config.max_length))
@@ -73,8 +71,8 @@ def evaluate(config: SpeculativeConfig) -> dict:
             return {**repetition, "text": plain_text(tokenizer, ids)}
 
         run.decode(candidate, tasks, describe)
-    if config.judge is not None:
-        judge_texts(run, config.judge, config.batch_size)
+    if judge is not None:
+        judge_texts(run, judge, config.batch_size)
 
     def conclude(records: dict[str, list[dict]]) -> dict:
         rows = summarise(records, config)
@@ -104,15 +102,10 @@ def plain_text(tokenizer: TextTokenizer, ids: list[int]) -> str:
     return "\n".join(tokenizer.decode(list(run)) for special, run in runs if not special)
 
 
-def judge_texts(run: EvalRun, name: str, batch_size: int) -> None:
+def judge_texts(run: EvalRun, judge: Judge, batch_size: int) -> None:
     """Let the judge read what this process has decoded and not yet given it."""
-    from tqdm import tqdm
-
-    from .judge import Judge
-
-    log = run.second_phase("judge", {"name": name})
+    log = run.second_phase("judge", {"judge_model": judge.name})
     todo = [r for r in run.own_records() if (r["sampler"], r["index"]) not in log.records]
-    judge = Judge(name) if todo else None
     for start in tqdm(range(0, len(todo), batch_size), desc="judge", unit="batch"):
         batch = todo[start : start + batch_size]
         for record, (tokens, nll) in zip(batch, judge.score([r["text"] for r in batch], batch_size), strict=True):
