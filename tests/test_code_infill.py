@@ -16,7 +16,7 @@ from scipy.stats import binomtest
 
 from asarm.errors import ConfigError, DataFileError, SandboxError, TextError
 from asarm.evals.code_config import CODE_BENCHMARKS, CodeInfillConfig
-from asarm.evals.code_infill import encode, evaluate, parts, report
+from asarm.evals.code_infill import alters, encode, evaluate, parts, report
 from asarm.evals.code_tasks import CodeProblem, empty_line, line_above, pass_statement, read_problems
 from asarm.evals.execution import judge_controls, pass_at_k, wilson_interval
 from asarm.evals.metrics import code_similarity
@@ -246,6 +246,14 @@ def test_a_vocabulary_that_changes_some_programs_is_reported(tmp_path, monkeypat
     }
     assert altered == {"T/double": True, "T/square": True, "T/branch": False, "T/minus": False}
     assert "assd: the vocabulary changes 2 programs" in report(summary)
+
+
+def test_how_many_programs_the_map_of_the_published_checkpoint_changes(data_dir):
+    """What exactly is lost is counted in test_tokenizer.py."""
+    xlnet = TextTokenizer.from_pretrained(data_dir / "tokenizers" / "xlnet-base-cased", whitespace_map="code")
+    _, problems = read_problems(CodeInfillConfig())
+    assert sum(alters(xlnet, problem) for problem in problems) == 599
+    assert sum(xlnet.decode(xlnet.encode(p.canonical_solution)) != p.canonical_solution for p in problems) == 33
 
 
 @pytest.mark.parametrize(("benchmark", "count"), [("single-line", 1033), ("multi-line", 5815)])

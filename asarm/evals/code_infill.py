@@ -93,12 +93,12 @@ def fill(run: EvalRun, candidate: Candidate, problems: list[CodeProblem]) -> Non
     encoded = [encode(tokenizer, problem) for problem in problems]
     require_memory_for_density(candidate.model, run.config.batch_size, max(len(task.ids) for task in encoded))
     tasks = [replace(task, index=p * n + s) for p, task in enumerate(encoded) for s in range(n)]
-    altered = [any(tokenizer.decode(tokenizer.encode(part)) != part for part in parts(p)) for p in problems]
+    changed = [alters(tokenizer, problem) for problem in problems]
 
     def describe(task: InfillTask, ids: list[int]) -> dict:
         gap = [position for position, given in enumerate(task.visible) if not given]
         completion = tokenizer.decode_gap(ids, range(gap[0], gap[-1] + 1)) if gap else ""  # some spans are empty
-        return {"altered": altered[task.index // n], **described(problems[task.index // n], completion)}
+        return {"altered": changed[task.index // n], **described(problems[task.index // n], completion)}
 
     run.decode(candidate, tasks, describe)
 
@@ -106,6 +106,11 @@ def fill(run: EvalRun, candidate: Candidate, problems: list[CodeProblem]) -> Non
 def parts(problem: CodeProblem) -> tuple[str, str, str]:
     """Before the gap, in it, and after it."""
     return problem.prompt, problem.canonical_solution, problem.suffix
+
+
+def alters(tokenizer: TextTokenizer, problem: CodeProblem) -> bool:
+    """Whether the vocabulary changes any byte of the program."""
+    return any(tokenizer.decode(tokenizer.encode(part)) != part for part in parts(problem))
 
 
 def encode(tokenizer: TextTokenizer, problem: CodeProblem) -> InfillTask:
