@@ -260,11 +260,12 @@ def test_how_many_programs_the_map_of_the_published_checkpoint_changes(data_dir)
 def test_the_published_problems_survive_the_vocabulary_to_the_byte(data_dir, benchmark, count):
     name, problems = read_problems(CodeInfillConfig(benchmark=benchmark))
     assert name.endswith(CODE_BENCHMARKS[benchmark]) and len(problems) == count
-    tokenizer = TextTokenizer.from_pretrained("tiny-english")
     texts = sorted({part for problem in problems[:1033] for part in parts(problem)})
-    assert [tokenizer.decode(ids) for ids in tokenizer.encode_batch(texts)] == texts
-    task = encode(tokenizer, problems[7])
-    assert task.visible.count(False) == len(tokenizer.encode(problems[7].canonical_solution))
+    for model in ("tiny-code", "tiny-english"):
+        tokenizer = TextTokenizer.from_pretrained(model)
+        assert [tokenizer.decode(ids) for ids in tokenizer.encode_batch(texts)] == texts
+        task = encode(tokenizer, problems[7])
+        assert task.visible.count(False) == len(tokenizer.encode(problems[7].canonical_solution))
 
 
 @pytest.mark.usefixtures("data_dir")
