@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,10 @@ from asarm.evals import speculative
 from asarm.evals.config import SpeculativeConfig
 from asarm.evals.judge import Judge, windows
 from asarm.evals.speculative import evaluate, report
+from asarm.loading import load
 from asarm.runlog import read_lines
+from asarm.train.config import ValidationConfig
+from asarm.train.validation import Validation
 
 WINDOW = 16
 TEXTS = [
@@ -73,15 +77,33 @@ def test_windows_score_every_token_once_with_context(n, length):
     assert scored == list(range(1, n))
 
 
-def test_perplexity_of_a_judge_that_knows_nothing_is_its_vocabulary(folder, tmp_path):
+@pytest.fixture
+def ignorant_folder(folder, tmp_path):
+    """A judge to which every token is as likely as any other."""
     model = GPT2LMHeadModel.from_pretrained(folder)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-    model.save_pretrained(tmp_path)
-    GPT2TokenizerFast.from_pretrained(folder).save_pretrained(tmp_path)
-    [(tokens, nll)] = Judge(str(tmp_path)).score([TEXTS[2]], 4)
+    model.save_pretrained(tmp_path / "ignorant")
+    GPT2TokenizerFast.from_pretrained(folder).save_pretrained(tmp_path / "ignorant")
+    return str(tmp_path / "ignorant")
+
+
+def test_perplexity_of_a_judge_that_knows_nothing_is_its_vocabulary(ignorant_folder):
+    [(tokens, nll)] = Judge(ignorant_folder).score([TEXTS[2]], 4)
     assert math.exp(nll / tokens) == pytest.approx(50257, rel=1e-5)
+
+
+def test_validation_in_training_asks_the_judge(ignorant_folder, tmp_path):
+    (tmp_path / "text.txt").write_text(TEXTS[2] * 4)
+    config = ValidationConfig(
+        file=str(tmp_path / "text.txt"), rows=3, generations=2, masked_fractions=[], judge=ignorant_folder
+    )
+    model, tokenizer = load("tiny-english")
+    measured = Validation(config, tokenizer, 16).measure(model)
+    assert measured["judge_ppl"] == pytest.approx(50257, rel=1e-5)
+    with pytest.raises(ModelNotFoundError, match="nowhere"):
+        Validation(replace(config, judge="nowhere"), tokenizer, 16)
 
 
 SMALL = {"dataset": "samples", "num_sequences": 4, "max_length": 24, "samplers": ["sequential", "parallel"]}

@@ -133,6 +133,7 @@ class ValidationConfig:
         generations: rows of which generation_masked_fraction is drawn anew with assd; 0 for none.
         generation_masked_fraction: share of their tokens that is drawn.
         k: tokens drafted a round.
+        judge: causal language model (folder, or Hub id@revision) whose perplexity of the generations is measured.
         batch_size: rows at a time.
         every: steps between measurements; the last step is always measured.
         seed: of masks and samples, the same at every measurement.
@@ -144,6 +145,7 @@ class ValidationConfig:
     generations: int = 8
     generation_masked_fraction: float = 0.95
     k: int = 5
+    judge: str | None = None
     batch_size: int = 8
     every: int = 1000
     seed: int = 0

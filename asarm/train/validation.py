@@ -3,6 +3,8 @@
 Masks and samples have a seed of their own, the same at every measurement.
 """
 
+import math
+
 import numpy as np
 import torch
 
@@ -10,8 +12,10 @@ from ..config import SamplerConfig
 from ..data.packing import pack_all
 from ..data.sources import read_documents
 from ..evals.decode import decode
+from ..evals.judge import Judge
 from ..evals.likelihood import likelihood_at
 from ..evals.metrics import token_entropy
+from ..evals.speculative import plain_text
 from ..evals.stats import mean_and_se
 from ..evals.tasks import mask_rows
 from ..model import AnySubsetLM
@@ -20,12 +24,13 @@ from .config import ValidationConfig
 
 
 class Validation:
-    """Held-out rows, tokenised once; raises for a file that cannot be read before training starts."""
+    """Held-out rows, tokenised once, and the judge; raises before training starts for what cannot be read."""
 
     def __init__(self, config: ValidationConfig, tokenizer: TextTokenizer, max_length: int):
-        self.config = config
+        self.config, self.tokenizer = config, tokenizer
         documents = [] if config.file is None else read_documents(config.file)
         self.rows = pack_all(documents, tokenizer, max_length)[: config.rows] if documents else []
+        self.judge = None if config.judge is None else Judge(config.judge)
 
     def due(self, done: int, last: bool) -> bool:
         """Whether to measure after ``done`` steps."""
@@ -33,7 +38,8 @@ class Validation:
 
     def measure(self, model: AnySubsetLM) -> dict[str, float]:
         """``nll_<masked fraction>`` in nats per masked token, and of the generations ``nfe_per_token`` and ``entropy``
-        (bits); standard errors beside them as ``<key>_se``."""
+        (bits); standard errors beside them as ``<key>_se``. With a judge, its perplexity of all generations together
+        (``judge_ppl``)."""
         measured = {}
         for fraction in self.config.masked_fractions:
             found = likelihood_at(model, self.rows, fraction, self.config.seed, self.config.batch_size)
@@ -46,13 +52,17 @@ class Validation:
             return {}
         c = self.config
         tasks, sampler = mask_rows(rows, 1 - c.generation_masked_fraction, c.seed), SamplerConfig("assd", k=c.k)
-        drawn = [
-            (measures["nfe"] / measures["masked"], token_entropy(ids))
-            for _, ids, measures in decode(model, tasks, sampler, c.seed, c.batch_size)
-        ]
+        drawn = list(decode(model, tasks, sampler, c.seed, c.batch_size))
         measured = {}
-        for key, values in zip(("nfe_per_token", "entropy"), zip(*drawn, strict=True), strict=True):
+        for key, values in (
+            ("nfe_per_token", [measures["nfe"] / measures["masked"] for _, _, measures in drawn]),
+            ("entropy", [token_entropy(ids) for _, ids, _ in drawn]),
+        ):
             measured[key], measured[f"{key}_se"] = mean_and_se(values)
+        if self.judge is not None:
+            scores = self.judge.score([plain_text(self.tokenizer, ids) for _, ids, _ in drawn], c.batch_size)
+            tokens, nll = map(sum, zip(*scores, strict=True))
+            measured["judge_ppl"] = math.exp(nll / max(tokens, 1))
         return measured
 
 
