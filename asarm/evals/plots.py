@@ -214,6 +214,7 @@ def equivalence(rows: Rows, margin: float) -> Figure | None:
         axes.grid(alpha=0.3, axis="x")
     panels[0].set_yticks(range(len(found)), [f"{name}: {row[keys[0]]['verdict']}" for name, row in found.items()])
     panels[0].invert_yaxis()
+    figure.get_layout_engine().set(wspace=0.06)
     figure.supxlabel(f"difference from {REFERENCE}, 95 % interval; margin ± {margin:g} shaded", fontsize=9)
     return figure
 
