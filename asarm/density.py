@@ -8,12 +8,11 @@ import torch
 from torch.nn import functional as F
 
 from .law import Law
-from .memory import call_bytes, require_memory
+from .memory import TRAINED_ROWS, call_bytes, require_memory
 from .model import AnySubsetLM
 from .orders import Order, Rows, content_limit, require_token_ids, rows_at_ranks
 
 PROJECTION_ROWS = 2048  # how many [rows, vocabulary] logits a scoring pass holds at a time
-TRAINED_ROWS = 256  # and a training pass
 
 
 def query_states(model: AnySubsetLM, ids_BN: torch.Tensor, order: Order, query: Rows) -> torch.Tensor:

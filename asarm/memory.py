@@ -9,6 +9,7 @@ from .errors import MemoryBudgetError
 from .model import AnySubsetLM
 
 SCORE_COPIES = 8  # float32 [rows, slots] arrays per head alive at the peak of an attention call, as measured
+TRAINED_ROWS = 256  # how many [rows, vocabulary] logits a training pass holds at a time
 KEPT_SCORE_BYTES = 16  # bytes a layer keeps of each head's [rows, slots] scores for the backward pass, as measured
 
 
@@ -21,7 +22,7 @@ def call_bytes(model: AnySubsetLM, batch: int, length: int, n_rows: int, n_proje
     scores = batch * n_rows * length * (SCORE_COPIES * 4 * c.n_head + 2 * 8)
     hidden = batch * n_rows * (4 * c.d_model + 2 * c.d_inner) * size
     logits = n_projected * c.vocab_size * (size + 4 * 8)
-    return cache + relative + scores + hidden + logits
+    return cache + relative + hidden + max(scores, logits)  # attention is over when the projection begins
 
 
 def training_bytes(model: AnySubsetLM, batch: int, length: int) -> int:
@@ -33,7 +34,7 @@ def training_bytes(model: AnySubsetLM, batch: int, length: int) -> int:
     c, n_rows = model.config, 2 * length
     scores = batch * n_rows * length * c.n_layer * KEPT_SCORE_BYTES * c.n_head
     hidden = batch * n_rows * c.n_layer * (16 * c.d_model + 4 * c.d_inner) * 4
-    logits = batch * length * c.vocab_size * 14
+    logits = min(batch * length, TRAINED_ROWS) * c.vocab_size * 14
     weights = sum(p.numel() for p in model.parameters()) * 4 * 4
     return scores + hidden + logits + weights
 

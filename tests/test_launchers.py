@@ -124,7 +124,14 @@ class Machine:
     def start(self, *arguments: str, launcher: str = "_run_training.sh", **extra: str) -> subprocess.Popen:
         env = environment(CALLS=str(self.calls), PATH=self.path, ASARM_PROCESSES="1") | extra
         command = ["bash", str(ROOT / launcher), *arguments]
-        return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(
+            command,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell ignores it
+        )
 
     def run(self, *arguments: str, **extra: str) -> tuple[int, list[str]]:
         """Exit status of a launcher whose program ends by itself, and all calls."""
