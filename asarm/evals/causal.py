@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from ..errors import ModelNotFoundError, TextError, reason
 from ..law import Law, draw
+from ..loading import this_device
 from ..model import parameters_fingerprint
 from ..rng import rank_uniforms
 
@@ -51,7 +52,7 @@ class CausalLM:
                 f"no causal language model {path!r} at revision {revision!r}: give a folder or a Hub id that "
                 f"AutoModelForCausalLM and AutoTokenizer load ({reason(error)})"
             ) from error
-        return cls(name, model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer)
+        return cls(name, model.to(this_device()).eval(), tokenizer)
 
     @property
     def system(self) -> str:
