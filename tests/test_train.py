@@ -33,7 +33,7 @@ from asarm.errors import (
 )
 from asarm.evals.config import ScoreConfig
 from asarm.evals.likelihood import held_out_likelihood
-from asarm.train import loop
+from asarm.train import loop, trainer
 from asarm.train.checkpoint import checkpoints, load_checkpoint, newest_valid
 from asarm.train.config import MaskingConfig, ObjectiveConfig, OptimizerConfig, TrainConfig, ValidationConfig
 from asarm.train.loop import train
@@ -250,6 +250,16 @@ def test_training_learns_and_the_final_checkpoint_loads(text_file, tmp_path):
     assert record["step"] == 60 and record["tokens_per_second"] > 0
     saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert saved["optimizer"]["steps"] == 60 and saved["seed"] == 0
+
+
+def test_precision_is_that_of_the_device_unless_it_is_named(monkeypatch):
+    cpu = torch.device("cpu")
+    for native, precision in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(trainer, "multiplies_bfloat16", lambda device, native=native: native)
+        assert trainer.precision_on(cpu, "auto") == precision
+        assert trainer.precision_on(cpu, "fp32") == "fp32"
+    with pytest.warns(UserWarning, match="bf16 is emulated on this cpu"):
+        assert trainer.precision_on(cpu, "bf16") == "bf16"
 
 
 def stop_before(step: int, monkeypatch) -> None:

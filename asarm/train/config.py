@@ -11,6 +11,7 @@ from ..errors import ConfigError
 OBJECTIVES = ("joint", "parallel")
 PROMPT_ATTENTION = ("prompt_and_decoded", "prompt_only", "causal")
 LOSS_SCALES = ("none", "masking_rate", "snr")
+PRECISIONS = ("auto", "bf16", "fp32")
 RESUME = ("never", "auto", "must")
 
 
@@ -84,7 +85,7 @@ class OptimizerConfig:
         rows_per_step: packed rows per optimiser step, over all processes.
         rows_per_pass: rows per forward pass of a process (gradient accumulation over the rest); processes times
             rows_per_pass must divide rows_per_step.
-        precision: bf16 (autocast) or fp32.
+        precision: bf16 (autocast), fp32, or auto: bf16 where the device has bfloat16 products of its own.
         ema_decay: keep an exponential moving average of the weights, which validation and final/ then use.
         max_skipped_steps: stop after so many steps in a row whose gradient is not finite; each of them is skipped.
     """
@@ -98,7 +99,7 @@ class OptimizerConfig:
     grad_clip: float = 1.0
     rows_per_step: int = 32
     rows_per_pass: int = 32
-    precision: str = "bf16"
+    precision: str = "auto"
     ema_decay: float | None = None
     max_skipped_steps: int = 10
 
@@ -109,7 +110,7 @@ class OptimizerConfig:
         self.require_divides(1)
         require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "0 or more")
         require(self.grad_clip > 0, "optimizer.grad_clip", self.grad_clip, "above 0")
-        require(self.precision in ("bf16", "fp32"), "optimizer.precision", self.precision, "bf16 or fp32")
+        require(self.precision in PRECISIONS, "optimizer.precision", self.precision, f"one of {', '.join(PRECISIONS)}")
         require(self.ema_decay is None or 0 < self.ema_decay < 1, "optimizer.ema_decay", self.ema_decay, "in (0, 1)")
         require(self.max_skipped_steps >= 1, "optimizer.max_skipped_steps", self.max_skipped_steps, "at least 1")
 

@@ -174,7 +174,7 @@ def require_memory_for_head(model: AnySubsetLM, config: TrainHeadConfig) -> None
 
 def train_draft_head(config: TrainHeadConfig) -> Path:
     """Run (or, with ``resume``, go on with) a training run; returns the folder that holds ``draft_head/``."""
-    accelerator, out = start_processes(config)
+    config, accelerator, out = start_processes(config)
     model, tokenizer = load(config.model, config.revision, config.tokenizer, whitespace_map=config.whitespace_map)
     model.to(accelerator.device).requires_grad_(False)
     require_memory_for_head(model, config)

@@ -40,7 +40,7 @@ def build_model(config: TrainConfig, vocab_size: int) -> AnySubsetLM:
 
 def train(config: TrainConfig) -> Path:
     """Run (or, with ``resume``, go on with) a training run; returns the folder of the final checkpoint."""
-    accelerator, out = start_processes(config)
+    config, accelerator, out = start_processes(config)
     tokenizer = load_tokenizer(config.model, config.revision, config.tokenizer, config.whitespace_map)
     length, o = config.data.max_length, config.optimizer
     validation = Validation(config.validation, tokenizer, length)

@@ -13,9 +13,10 @@ import time
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 import torch
@@ -29,6 +30,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from ..data.rows import Rows
+from ..engine import multiplies_bfloat16
 from ..errors import DivergedError, OutputDirError, StoppedError
 from ..rng import generator
 from ..runlog import append_line, prepare_output_dir, provenance, read_lines, write_atomic, write_json
@@ -49,9 +51,12 @@ METRICS, VALIDATION, HELD_OUT = "metrics.jsonl", "validation.jsonl", "held_out.j
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 WAIT = timedelta(hours=4)  # while the main process validates
 
+Config = TypeVar("Config", TrainConfig, TrainHeadConfig)
 
-def start_processes(config: TrainConfig | TrainHeadConfig) -> tuple[Accelerator, Path]:
-    """This process among those of its run, and the run's folder; one that holds a run is refused unless resumed."""
+
+def start_processes(config: Config) -> tuple[Config, Accelerator, Path]:
+    """The settings with a precision, this process among those of its run, and the run's folder; one that holds a run is
+    refused unless resumed."""
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     log_with = "wandb" if config.wandb else None
@@ -64,7 +69,21 @@ def start_processes(config: TrainConfig | TrainHeadConfig) -> tuple[Accelerator,
     if config.resume == "never" and (checkpoints(out / "checkpoints") or (out / "final").exists()):
         raise OutputDirError(f"{out} already holds a run; go on with it with --resume, or choose another --output_dir")
     accelerator.wait_for_everyone()  # before the main process writes there
-    return accelerator, out
+    precision = precision_on(accelerator.device, config.optimizer.precision)
+    return replace(config, optimizer=replace(config.optimizer, precision=precision)), accelerator, out
+
+
+def precision_on(device: torch.device, precision: str) -> str:
+    """bf16 or fp32; warns of bf16 on a device that has to emulate it."""
+    native = multiplies_bfloat16(device)
+    if precision == "auto":
+        return "bf16" if native else "fp32"
+    if precision == "bf16" and not native:
+        warnings.warn(
+            f"optimizer.precision bf16 is emulated on this {device.type}, far slower than fp32; use auto or fp32",
+            stacklevel=3,
+        )
+    return precision
 
 
 def build_optimizer(module: torch.nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
