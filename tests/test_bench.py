@@ -82,6 +82,21 @@ def test_a_training_step_is_compared_on_the_same_work(capsys, monkeypatch):
         assert ours["losses"] == pytest.approx(theirs["losses"], rel=tolerance)
         assert ours["losses"][1] < ours["losses"][0]
         assert result["times_faster"][dtype] == pytest.approx(theirs["step_seconds"] / ours["step_seconds"])
+        assert ours["step_flop"] == flop_of_a_step(**small, batch=3, length=24)
+        alone = ours["step_flop"] / ours["product_flop_per_second"]
+        assert result["most_times_faster"][dtype] == pytest.approx(theirs["step_seconds"] / alone)
+
+
+def flop_of_a_step(batch, length, d_model, n_layer, d_inner, vocab_size, masked_fraction=0.92, **_) -> int:
+    """Operations of the products of an optimiser step, by hand: forward, and backward for both factors."""
+    B, N, E, P, Q = batch, length, d_model, 2 * length - 1, length - round((1 - masked_fraction) * length)
+    flop = 3 * 2 * B * Q * E * vocab_size
+    for layer in range(n_layer):
+        R = Q if layer == n_layer - 1 else N + Q  # the last layer's content rows are keys and values only
+        query_and_out, key_and_value, attention = 2 * R * E * E, 2 * N * E * E, R * E * (N + P + N)
+        flop += 3 * 2 * B * (query_and_out + key_and_value + 2 * R * E * d_inner + attention)
+        flop += 2 * 2 * P * E * E  # relative keys: what they are made from takes no gradient
+    return flop
 
 
 @pytest.mark.parametrize(
