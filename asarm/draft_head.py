@@ -34,6 +34,7 @@ from .model import AnySubsetLM, wrong_keys
 from .orders import Order
 
 FOLDER = "draft_head"  # beside the trunk's own files
+SHAPE = ("d_model", "vocab_size", "width", "n_head", "rank", "max_missing", "max_distance")
 
 
 @strict
@@ -183,13 +184,19 @@ class DraftHead(PreTrainedModel):
         Raises :class:`ModelNotFoundError` where there is none and :class:`CheckpointMismatchError` for one that was
         trained for another trunk.
         """
+        head = cls._load(name_or_path, revision, trunk.dtype)
+        require_trunk(head, trunk, str(name_or_path))
+        return head.to(trunk.device).eval()
+
+    @classmethod
+    def _load(cls, name_or_path, revision: str, dtype: torch.dtype) -> "DraftHead":
         path = resolve_model(name_or_path, revision)
         try:
             head, info = super().from_pretrained(
                 path,
                 subfolder=FOLDER,
                 revision=revision,
-                dtype=trunk.dtype,
+                dtype=dtype,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # reported below, with their names
             )
@@ -202,8 +209,21 @@ class DraftHead(PreTrainedModel):
             ) from error
         if wrong := wrong_keys(info):
             raise CheckpointMismatchError(f"draft head of {str(name_or_path)!r} does not fit its config.json: {wrong}")
-        require_trunk(head, trunk, str(name_or_path))
-        return head.to(trunk.device).eval()
+        return head
+
+    def start_from(self, name_or_path, revision: str = "main") -> None:
+        """Take the weights of a head of this shape, whatever trunk it was trained for: of another trunk with the same
+        tokenizer it is a better beginning than none.
+
+        Raises :class:`ModelNotFoundError` where there is none and :class:`CheckpointMismatchError` for another shape.
+        """
+        start = self._load(name_or_path, revision, torch.float32)
+        shapes = [(name, getattr(start.config, name), getattr(self.config, name)) for name in SHAPE]
+        if wrong := [f"{name} {there}, not {here}" for name, there, here in shapes if there != here]:
+            raise CheckpointMismatchError(
+                f"cannot start from the draft head of {str(name_or_path)!r}: {', '.join(wrong)}"
+            )
+        self.load_state_dict(start.state_dict())
 
 
 def require_trunk(head: DraftHead, trunk: AnySubsetLM, name: str) -> None:

@@ -9,6 +9,7 @@ the slots that a limit reaches. Elsewhere the same steps run on the plain weight
 The results are those of :meth:`asarm.model.AnySubsetLM.forward` up to rounding; a test holds the two together.
 """
 
+import warnings
 import weakref
 
 import torch
@@ -52,6 +53,12 @@ def multiplies_bfloat16(device: torch.device) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     has_onednn = device.type == "cpu" and torch.backends.mkldnn.is_available()
     return has_onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def warn_if_emulated(device: torch.device, dtype: torch.dtype, remedy: str) -> None:
+    """Warn of bfloat16 on a device without bfloat16 products."""
+    if dtype == torch.bfloat16 and not multiplies_bfloat16(device):
+        warnings.warn(f"this {device.type} emulates bfloat16, far slower than float32; use {remedy}", stacklevel=3)
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:

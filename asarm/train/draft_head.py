@@ -182,6 +182,8 @@ def train_draft_head(config: TrainHeadConfig) -> Path:
     rows = open_rows(config.data, tokenizer, config.seed, accelerator.process_index, accelerator.num_processes)
     torch.manual_seed(config.seed)
     head = DraftHead.for_trunk(model, **asdict(config.head)).train()
+    if config.start_from is not None:
+        head.start_from(config.start_from)
     trainer = Trainer(config, accelerator, out, head, rows)
     o, k, per_row = config.optimizer, config.windows.k, config.windows.per_row
 

@@ -81,6 +81,8 @@ class TrainHeadConfig:
         tokenizer: folder or Hub id with a tokenizer.json (default: the trunk's own).
         whitespace_map: as in the trunk's training.
         head: shape of the head.
+        start_from: a folder, embedded name or Hub id whose draft_head/ the head starts as, of this trunk or of another
+            with the same tokenizer (default: untrained).
         data: training text.
         masking: masking-rate range.
         windows: what the head learns from.
@@ -102,6 +104,7 @@ class TrainHeadConfig:
     tokenizer: str | None = None
     whitespace_map: str | None = None
     head: HeadConfig = field(default_factory=HeadConfig)
+    start_from: str | None = None
     data: DataConfig = field(default_factory=DataConfig)
     masking: MaskingConfig = field(default_factory=lambda: MaskingConfig(0.3, 0.97, 0.3, 0.97, 0))
     windows: WindowConfig = field(default_factory=WindowConfig)

@@ -30,7 +30,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from ..data.rows import Rows
-from ..engine import multiplies_bfloat16
+from ..engine import multiplies_bfloat16, warn_if_emulated
 from ..errors import DivergedError, OutputDirError, StoppedError
 from ..rng import generator
 from ..runlog import append_line, prepare_output_dir, provenance, read_lines, write_atomic, write_json
@@ -75,14 +75,10 @@ def start_processes(config: Config) -> tuple[Config, Accelerator, Path]:
 
 def precision_on(device: torch.device, precision: str) -> str:
     """bf16 or fp32; warns of bf16 on a device that has to emulate it."""
-    native = multiplies_bfloat16(device)
     if precision == "auto":
-        return "bf16" if native else "fp32"
-    if precision == "bf16" and not native:
-        warnings.warn(
-            f"optimizer.precision bf16 is emulated on this {device.type}, far slower than fp32; use auto or fp32",
-            stacklevel=3,
-        )
+        return "bf16" if multiplies_bfloat16(device) else "fp32"
+    if precision == "bf16":
+        warn_if_emulated(device, torch.bfloat16, "optimizer.precision auto or fp32")
     return precision
 
 
