@@ -58,7 +58,7 @@ def multiplies_bfloat16(device: torch.device) -> bool:
 def warn_if_emulated(device: torch.device, dtype: torch.dtype, remedy: str) -> None:
     """Warn of bfloat16 on a device without bfloat16 products."""
     if dtype == torch.bfloat16 and not multiplies_bfloat16(device):
-        warnings.warn(f"this {device.type} emulates bfloat16, far slower than float32; use {remedy}", stacklevel=3)
+        warnings.warn(f"this {device.type} emulates bfloat16, far slower than float32; use {remedy}", stacklevel=2)
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:

@@ -7,7 +7,8 @@ import torch
 import yaml
 from transformers.utils import logging
 
-from .errors import CheckpointMismatchError
+from .engine import warn_if_emulated
+from .errors import CheckpointMismatchError, ModelNotFoundError, reason
 from .model import AnySubsetLM
 from .tokenizer import TextTokenizer
 
@@ -24,6 +25,7 @@ def load(
     loaded_tokenizer = load_tokenizer(model, revision, tokenizer, whitespace_map)
     loaded = AnySubsetLM.from_pretrained(model, revision=revision, dtype=getattr(torch, dtype))
     check_vocabulary(loaded, loaded_tokenizer)
+    warn_if_emulated(this_device(), loaded.dtype, "dtype float32")
     return loaded.to(this_device()).eval(), loaded_tokenizer
 
 
@@ -50,6 +52,24 @@ def check_vocabulary(model: AnySubsetLM, tokenizer: TextTokenizer) -> None:
             f"the tokenizer has {len(tokenizer)} pieces, the model only {model.config.vocab_size}; "
             "give the model's own with --tokenizer"
         )
+
+
+def name_and_revision(name: str) -> tuple[str, str]:
+    """``id@revision`` as two; a folder's or an id's own revision is main."""
+    path, _, revision = name.partition("@")
+    return path, revision or "main"
+
+
+def load_causal(kind: type, name: str, **settings):
+    """``kind`` (an ``Auto`` class) of a causal language model: a folder, or a Hub id, if need be as id@revision."""
+    path, revision = name_and_revision(name)
+    try:
+        return kind.from_pretrained(path, revision=revision, **settings)
+    except (OSError, ValueError) as error:
+        raise ModelNotFoundError(
+            f"no causal language model {path!r} at revision {revision!r}: give a folder or a Hub id (with @revision) "
+            f"that {kind.__name__} loads ({reason(error)})"
+        ) from error
 
 
 def trained_length(model: AnySubsetLM) -> int | None:

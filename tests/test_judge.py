@@ -154,6 +154,6 @@ def test_shards_judge_what_they_decoded(folder, tmp_path, without_figures):
 
 
 def test_a_judge_that_does_not_exist_is_an_error_before_anything_is_decoded(tmp_path):
-    with pytest.raises(ModelNotFoundError, match="judge 'no/such-judge'"):
+    with pytest.raises(ModelNotFoundError, match="no causal language model 'no/such-judge' at revision 'main'"):
         evaluate(SpeculativeConfig(output_dir=str(tmp_path), judge="no/such-judge", **SMALL))
     assert not (tmp_path / "records.jsonl").exists()

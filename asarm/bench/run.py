@@ -4,7 +4,8 @@ from dataclasses import asdict
 
 import torch
 
-from ..engine import engine_of
+from ..engine import engine_of, warn_if_emulated
+from ..loading import this_device
 from ..runlog import provenance
 from .baselines import gpt2_token_seconds, xlnet_call_seconds
 from .config import BenchDecodeConfig
@@ -17,7 +18,9 @@ def bench(config: BenchDecodeConfig) -> dict:
     """Everything, in one run; returns what the last line of the output holds."""
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = this_device()
+    for dtype in config.dtypes:
+        warn_if_emulated(device, getattr(torch, dtype), "--dtypes float32")
     acceptance = acceptance_of(config)
     rows, draft_steps = [], []
     for dtype in config.dtypes:

@@ -21,6 +21,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import XLNetConfig, XLNetLMHeadModel
 
+from ..engine import warn_if_emulated
+from ..loading import this_device
 from ..model import AnySubsetLM
 from ..orders import may_attend
 from ..runlog import provenance
@@ -37,6 +39,8 @@ PRODUCT = (1024, 768, 3072)  # rows, width and inner width of a feed-forward lay
 
 def bench(config: BenchTrainConfig) -> dict:
     """Everything, in one run; returns what the last line of the output holds."""
+    for dtype in config.dtypes:
+        warn_if_emulated(this_device(), getattr(torch, dtype), "--dtypes float32")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(config.seed)
@@ -68,7 +72,7 @@ def _limit(rows: list[dict], dtype: str) -> float:
 def _measure(config: BenchTrainConfig, folder: str, system: str, dtype: str) -> dict[str, float]:
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = this_device()
     batch = batch_of(config)
     number_type, made = torch.bfloat16 if dtype == "bfloat16" else torch.float32, []
 

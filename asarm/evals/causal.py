@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import ModelNotFoundError, TextError, reason
+from ..errors import TextError
 from ..law import Law, draw
-from ..loading import this_device
+from ..loading import load_causal, this_device
 from ..model import parameters_fingerprint
 from ..rng import rank_uniforms
 
@@ -42,16 +42,8 @@ class CausalLM:
     @classmethod
     def from_pretrained(cls, name: str, dtype: str = "float32") -> "CausalLM":
         """``name`` is a folder, or a Hub id, if need be as id@revision."""
-        path, _, revision = name.partition("@")
-        revision = revision or "main"
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
-            model = AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=getattr(torch, dtype))
-        except (OSError, ValueError) as error:
-            raise ModelNotFoundError(
-                f"no causal language model {path!r} at revision {revision!r}: give a folder or a Hub id that "
-                f"AutoModelForCausalLM and AutoTokenizer load ({reason(error)})"
-            ) from error
+        tokenizer = load_causal(AutoTokenizer, name)
+        model = load_causal(AutoModelForCausalLM, name, dtype=getattr(torch, dtype))
         return cls(name, model.to(this_device()).eval(), tokenizer)
 
     @property

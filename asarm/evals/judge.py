@@ -12,8 +12,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from ..errors import ModelNotFoundError, reason
-from ..loading import this_device
+from ..loading import load_causal, this_device
 
 
 @dataclass(frozen=True)
@@ -43,24 +42,14 @@ class Judge:
 
     def __init__(self, name: str):
         self.name = name
-        self.tokenizer = self._load(AutoTokenizer)
-        config = self._load(AutoConfig)
+        self.tokenizer = load_causal(AutoTokenizer, name)
+        config = load_causal(AutoConfig, name)
         longest = self.tokenizer.model_max_length
         self.window_length = min(longest, getattr(config, "max_position_embeddings", longest))
 
     @cached_property
     def model(self) -> torch.nn.Module:
-        return self._load(AutoModelForCausalLM, dtype=torch.float32).to(this_device()).eval()
-
-    def _load(self, kind: type, **settings):
-        path, _, revision = self.name.partition("@")
-        try:
-            return kind.from_pretrained(path, revision=revision or "main", **settings)
-        except (OSError, ValueError) as error:
-            raise ModelNotFoundError(
-                f"cannot load judge {self.name!r}: give a folder or a Hub id (with @revision) of a causal language "
-                f"model and its tokenizer ({reason(error)})"
-            ) from error
+        return load_causal(AutoModelForCausalLM, self.name, dtype=torch.float32).to(this_device()).eval()
 
     def encode(self, text: str) -> list[int]:
         start = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]

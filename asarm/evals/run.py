@@ -13,7 +13,7 @@ from tqdm import tqdm
 from ..config import SamplerConfig
 from ..drafter import drafter_of
 from ..infilling import InfillTask, without_special_tokens
-from ..loading import load
+from ..loading import load, name_and_revision
 from ..model import AnySubsetLM
 from ..runlog import prepare_output_dir, provenance, write_json
 from ..sampling.decoding import drafter_for
@@ -64,8 +64,7 @@ class EvalRun:
         config = self.config
         models = [("", config.model, config.revision)]
         for baseline in config.baselines:
-            name, _, revision = baseline.partition("@")
-            models.append((f"{baseline} ", name, revision or "main"))
+            models.append((f"{baseline} ", *name_and_revision(baseline)))
         for prefix, name, revision in models:
             model, tokenizer = load(name, revision, config.tokenizer, config.dtype, config.whitespace_map)
             self.log.identify(f"{prefix}model", {"weights": model.fingerprint()})
