@@ -34,7 +34,7 @@ from .model import AnySubsetLM, wrong_keys
 from .orders import Order
 
 FOLDER = "draft_head"  # beside the trunk's own files
-SHAPE = ("d_model", "vocab_size", "width", "n_head", "rank", "max_missing", "max_distance")
+SHAPE_FIELDS = ("d_model", "vocab_size", "width", "n_head", "rank", "max_missing", "max_distance")
 
 
 @strict
@@ -218,7 +218,7 @@ class DraftHead(PreTrainedModel):
         Raises :class:`ModelNotFoundError` where there is none and :class:`CheckpointMismatchError` for another shape.
         """
         start = self._load(name_or_path, revision, torch.float32)
-        shapes = [(name, getattr(start.config, name), getattr(self.config, name)) for name in SHAPE]
+        shapes = [(name, getattr(start.config, name), getattr(self.config, name)) for name in SHAPE_FIELDS]
         if wrong := [f"{name} {there}, not {here}" for name, there, here in shapes if there != here]:
             raise CheckpointMismatchError(
                 f"cannot start from the draft head of {str(name_or_path)!r}: {', '.join(wrong)}"
