@@ -47,26 +47,24 @@ class Drafter:
 
 
 class DraftSteps:
-    """A round in progress: what the rows know, and the keys and values of those that were drafted."""
+    """A round in progress: what the rows know, and the queries, keys and values of those drafted so far."""
 
     def __init__(self, drafter: Drafter, states_BKE, base_logits_BKV, distance_BK, n_missing: int):
         B, K, H = *distance_BK.shape, drafter.config.n_head
         missing_BK = (n_missing + torch.arange(K, device=distance_BK.device)).expand(B, K)
         self.drafter, self.base_logits_BKV, self.n_missing = drafter, base_logits_BKV, n_missing
         self.mixed_BKM = drafter.head.mix(states_BKE, distance_BK, missing_BK)
-        self.key_value_2BHKD = self.mixed_BKM.new_empty(2, B, H, K, drafter.config.width // H)
+        self.qkv_BK3HD = self.mixed_BKM.new_empty(B, K, 3, H, drafter.config.width // H)
 
     def step(self, j: int, previous_ids_B: torch.Tensor) -> torch.Tensor:
         """Logits [B, V] of row ``j`` given the token before it; rows come in order, 0 first."""
         drafter, layer = self.drafter, self.drafter.head.layer
         x_B1M = self.mixed_BKM[:, j : j + 1] + F.embedding(previous_ids_B[:, None], drafter.token_VM)
-        qkv_B13HD = drafter.query_key_value(layer.norm_1(x_B1M)).unflatten(-1, (3, drafter.config.n_head, -1))
-        query_BH1D, *key_value_BH1D = qkv_B13HD.permute(2, 0, 3, 1, 4)
-        for kept_BHKD, new_BH1D in zip(self.key_value_2BHKD, key_value_BH1D, strict=True):
-            kept_BHKD[:, :, j : j + 1] = new_BH1D
+        self.qkv_BK3HD[:, j] = drafter.query_key_value(layer.norm_1(x_B1M)).view_as(self.qkv_BK3HD[:, j])
         if self.n_missing + j == 0:
             return self.base_logits_BKV[:, j]
-        attended_BH1D = F.scaled_dot_product_attention(query_BH1D, *self.key_value_2BHKD[:, :, :, : j + 1])
+        query_BHKD, key_BHKD, value_BHKD = self.qkv_BK3HD[:, : j + 1].permute(2, 0, 3, 1, 4)
+        attended_BH1D = F.scaled_dot_product_attention(query_BHKD[:, :, j:], key_BHKD, value_BHKD)
         x_B1M = drafter.out(attended_BH1D.transpose(1, 2).flatten(2), x_B1M)
         x_B1M = drafter.outer(drafter.inner(layer.norm_2(x_B1M)), x_B1M)
         correction_BX = drafter.correction(drafter.head.norm(x_B1M))[:, 0]

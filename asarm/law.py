@@ -36,6 +36,14 @@ class Law:
 
     def log_probs(self, logits: torch.Tensor) -> torch.Tensor:
         """Log-probabilities [..., V] in float64 (-inf where banned or cut off)."""
+        return torch.log_softmax(self._shaped(logits), dim=-1)
+
+    def probs(self, logits: torch.Tensor) -> torch.Tensor:
+        """Probabilities [..., V] in float64."""
+        return torch.softmax(self._shaped(logits), dim=-1)
+
+    def _shaped(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits [..., V] of the law, in float64."""
         scaled = logits.double() / self.temperature
         if self.banned_ids:
             scaled = scaled.index_fill(-1, _ids_on(logits.device, self.banned_ids), -torch.inf)
@@ -47,11 +55,7 @@ class Law:
             scaled = scaled.masked_fill(scaled < least, -torch.inf)
         if self.top_p is not None:
             scaled = scaled.masked_fill(_outside_nucleus(scaled, self.top_p), -torch.inf)
-        return torch.log_softmax(scaled, dim=-1)
-
-    def probs(self, logits: torch.Tensor) -> torch.Tensor:
-        """Probabilities [..., V] in float64."""
-        return self.log_probs(logits).exp()
+        return scaled
 
 
 @cache
@@ -76,11 +80,26 @@ def draw(weight: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     photo finish; so a sequence's tokens do not depend on the batch or the kernel that computed them. A token of
     weight zero never wins.
     """
+    return winner(weight, start_race(uniform, weight.shape[-1]))
+
+
+def start_race(uniform: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """The times [..., groups + size of a group] of a :func:`draw` with ``uniform`` [...]. They do not depend on the
+    weights: those of draws that follow from each other are made at once."""
+    size = _group_size(vocab_size)
+    return race_times(uniform, -(-vocab_size // size) + size)
+
+
+def winner(weight: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+    """The token [...] that wins the race over ``time`` (:func:`start_race`) at ``weight`` [..., V]."""
     V = weight.shape[-1]
-    size = math.isqrt(V - 1) + 1
+    size = _group_size(V)
     weight_XGM = F.pad(weight, (0, -V % size)).unflatten(-1, (-1, size))
     n_groups = weight_XGM.shape[-2]
-    time = race_times(uniform, n_groups + size)
     group = (time[..., :n_groups] / weight_XGM.sum(-1)).argmin(-1, keepdim=True)
     member_XM = weight_XGM.take_along_dim(group[..., None], dim=-2).squeeze(-2)
     return (group * size + (time[..., n_groups:] / member_XM).argmin(-1, keepdim=True)).squeeze(-1)
+
+
+def _group_size(vocab_size: int) -> int:
+    return math.isqrt(vocab_size - 1) + 1

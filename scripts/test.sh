@@ -6,4 +6,4 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup.sh
 ruff check .
 ruff format --check .
-exec python -m pytest -n "${ASARM_TEST_WORKERS:-2}" "$@"
+exec python -m pytest -n "${ASARM_TEST_WORKERS:-2}" --dist worksteal "$@"

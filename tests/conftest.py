@@ -17,6 +17,11 @@ from asarm.orders import Order
 torch.set_num_threads(1)  # the models are tiny, and two processes share the machine in a parallel run
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The long tests first: in a parallel run, nobody then waits for one that started last."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 def make_model(vocab_size=6, seed=0, dtype=torch.float32, mask_token_id=0, spread=0.8, **config) -> AnySubsetLM:
     """A random model whose distributions are far from uniform (``spread`` is the weights' standard deviation)."""
     torch.manual_seed(seed)

@@ -5,7 +5,7 @@ import torch
 from ..draft_head import DraftHead
 from ..drafter import Drafter
 from ..engine import Projection, can_pack
-from ..law import Law, draw
+from ..law import Law, start_race, winner
 from ..model import AnySubsetLM
 from .clock import median_seconds
 
@@ -39,9 +39,10 @@ def draft_step_seconds(model: AnySubsetLM, k: int, batch_size: int) -> dict[str,
 
         def steps() -> None:
             started = drafter.begin(states_BKE, base_logits_BKV[..., :vocab_size], distance_BK, n_missing=0)
+            time_BKX = start_race(uniform_BK, vocab_size)
             token_B = torch.zeros(batch_size, dtype=torch.long, device=device)
             for j in range(k):
-                token_B = draw(law.probs(started.step(j, token_B)), uniform_BK[:, j])
+                token_B = winner(law.probs(started.step(j, token_B)), time_BKX[:, j])
 
         return median_seconds(steps, device, repeats=15, warm_up=3)
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from ..draft_head import distance_to_previous, previous_ids
-from ..law import Law, draw
+from ..law import Law, draw, start_race, winner
 from ..orders import Rows
 from .decoding import Decoding
 
@@ -41,10 +41,11 @@ def draft_from(state: Decoding, rows: Rows, states_BKE: torch.Tensor, n_missing:
         return Draft(rows, draw(probs_BKV, uniform_BK), probs_BKV)
     steps = state.drafter.begin(states_BKE, logits_BKV, distance_to_previous(state.order, rows.rank_BR), n_missing)
     token_B = previous_ids(state.ids_BS, state.order, rows.rank_BR[:, :1], state.model.mask_token_id)[:, 0]
+    time_BKX = start_race(uniform_BK, logits_BKV.shape[-1])
     ids, probs = [], []
     for j, law in enumerate(laws):
         probs.append(law.probs(steps.step(j, token_B)))
-        token_B = draw(probs[-1], uniform_BK[:, j])
+        token_B = winner(probs[-1], time_BKX[:, j])
         ids.append(token_B)
     return Draft(rows, torch.stack(ids, dim=1), torch.stack(probs, dim=1))
 
@@ -73,7 +74,7 @@ def bigram_draft(state: Decoding) -> Draft:
     """
     k, N = state.config.k, state.order.rank_BN.shape[1]
     rows = state.rows(state.settled_B, state.settled_B + k, k)
-    uniform_BK = state.uniforms(state.draft_uniform_BN, rows)
+    time_BKX = start_race(state.uniforms(state.draft_uniform_BN, rows), state.model.config.vocab_size)
     state.aux_nfe_B += rows.valid_BR.any(dim=1)
     rank_BN, ids_BS = state.order.rank_BN, state.ids_BS.clone()
     left_BM, right_BM = ids_BS[:, : N - 1], ids_BS[:, 1:N]
@@ -92,7 +93,7 @@ def bigram_draft(state: Decoding) -> Draft:
         follows_BM = settled_pair_BM & known_B1 & (left_BM == ids_BS.gather(1, neighbour_B1))
         weight_BV = _counts_or(unigram_BV, right_BM, follows_BM, allowed_V)
         probs.append(weight_BV / weight_BV.sum(1, keepdim=True))
-        ids.append(draw(probs[-1], uniform_BK[:, j])[:, None])
+        ids.append(winner(probs[-1], time_BKX[:, j])[:, None])
         ids_BS.scatter_(1, position_B1, ids[-1])
     return Draft(rows, torch.cat(ids, dim=1), torch.stack(probs, dim=1))
 
