@@ -200,6 +200,10 @@ def test_a_head_may_start_as_that_of_another_trunk(head_run, tmp_path):
     head = DraftHead.from_pretrained(final, trunk)
     for (name, expected), found in zip(start.state_dict().items(), head.state_dict().values(), strict=True):
         assert torch.allclose(found, expected, atol=1e-6), name
+    untrained, trained = records(head_run, "held_out.jsonl")
+    assert untrained["step"] == 0 and untrained["one_pass"] != trained["one_pass"], (
+        "what is measured first is the self draft"
+    )
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ fades from KL(teacher, draft) to their total variation, which is the probability
 al. 2023, arXiv 2211.17192).
 """
 
+import copy
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -182,6 +183,7 @@ def train_draft_head(config: TrainHeadConfig) -> Path:
     rows = open_rows(config.data, tokenizer, config.seed, accelerator.process_index, accelerator.num_processes)
     torch.manual_seed(config.seed)
     head = DraftHead.for_trunk(model, **asdict(config.head)).train()
+    self_draft = copy.deepcopy(head).eval()
     if config.start_from is not None:
         head.start_from(config.start_from)
     trainer = Trainer(config, accelerator, out, head, rows)
@@ -207,13 +209,14 @@ def train_draft_head(config: TrainHeadConfig) -> Path:
         if not held_out or (done % config.held_out.every and done != o.steps):
             return
         if accelerator.is_main_process:
+            measured_head = trainer.trained if done else self_draft
             for fraction in config.held_out.masked_fractions:
-                measured = acceptance_by_index(model, trainer.trained, held_out, fraction, config)
+                measured = acceptance_by_index(model, measured_head, held_out, fraction, config)
                 trainer.record(HELD_OUT, done, {"masked_fraction": fraction} | measured)
         accelerator.wait_for_everyone()
 
     if trainer.start == 0:
-        measure(0)  # an untrained head is the self draft
+        measure(0)
     trainer.run(compute, measure)
     if accelerator.is_main_process:
         trainer.trained.eval().save_pretrained(out / "final")
