@@ -47,8 +47,8 @@ class Projection:
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether the device has bfloat16 products of its own; elsewhere they take up to a hundred times as long as
-    float32."""
+    """Whether the device has bfloat16 products of its own; emulated, a product takes up to sixty times as long as
+    in float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     has_onednn = device.type == "cpu" and torch.backends.mkldnn.is_available()
