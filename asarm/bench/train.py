@@ -74,7 +74,7 @@ def _measure(config: BenchTrainConfig, folder: str, system: str, dtype: str) -> 
         torch.set_num_threads(config.num_threads)
     device = this_device()
     batch = batch_of(config)
-    number_type, made = torch.bfloat16 if dtype == "bfloat16" else torch.float32, []
+    number_type, made = getattr(torch, dtype), []
 
     def begin() -> None:
         make = our_step if system == OURS else their_step
