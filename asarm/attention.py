@@ -14,6 +14,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import XLNetConfig
 
+from .dropout import dropout, dropped, keep_mask
+
 # bytes of a [B, heads, R, P] array of scores that are worked on at a time: in a CPU's cache, or enough for a GPU
 SCORE_BYTES = {"cpu": 2**22, "cuda": 2**28}
 
@@ -76,7 +78,7 @@ class RelativeAttention(nn.Module):
             self.dropout if self.training else 0.0,
         )
         out_BRE = attended_BRHD.flatten(2) @ self.o.flatten(1).T
-        return self.layer_norm(rows_BRE + F.dropout(out_BRE, self.dropout, self.training))
+        return self.layer_norm(rows_BRE + dropout(out_BRE, self.dropout, self.training))
 
 
 class Attention(torch.autograd.Function):
@@ -90,7 +92,7 @@ class Attention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, content_q_BRHD, relative_q_BRHD, key_BNHD, value_BNHD, relative_key_PHD, sight, dropout):
+    def forward(ctx, content_q_BRHD, relative_q_BRHD, key_BNHD, value_BNHD, relative_key_PHD, sight, p):
         tensors = (content_q_BRHD, relative_q_BRHD, key_BNHD, value_BNHD, relative_key_PHD)
         out_BRHD, kept = torch.empty_like(content_q_BRHD), []
         with torch.autocast(out_BRHD.device.type, enabled=False):
@@ -99,17 +101,17 @@ class Attention(torch.autograd.Function):
                 score = windows(relative_q @ relative_key.mT, sight.shift_BR, key.shape[2]).add_(sight.bias_B1RN)
                 score.flatten(0, 1).baddbmm_(content_q.flatten(0, 1), key.mT.flatten(0, 1))
                 weight = score.softmax(-1)
-                keep = torch.empty_like(weight, dtype=torch.bool).bernoulli_(1 - dropout) if dropout else None
-                out_BRHD[:, :, heads] = (_dropped(weight, keep, dropout) @ value).transpose(1, 2)
+                keep = keep_mask(weight, p) if p else None
+                out_BRHD[:, :, heads] = ((dropped(weight, keep, p) if p else weight) @ value).transpose(1, 2)
                 if any(ctx.needs_input_grad):
                     kept += [weight, keep]
         ctx.save_for_backward(*tensors, *kept)
-        ctx.sight, ctx.dropout = sight, dropout
+        ctx.sight, ctx.p = sight, p
         return out_BRHD.mul_(sight.sees_any_BR11)
 
     @staticmethod
     def backward(ctx, grad_BRHD):
-        saved = ctx.saved_tensors
+        saved, p = ctx.saved_tensors, ctx.p
         tensors, kept = saved[:5], saved[5:]
         grads = [torch.empty_like(x) for x in tensors]
         grad_BRHD = (grad_BRHD * ctx.sight.sees_any_BR11).to(tensors[0].dtype)
@@ -117,8 +119,9 @@ class Attention(torch.autograd.Function):
             for i, heads in enumerate(_chunks(tensors[0], tensors[4])):
                 content_q, relative_q, key, value, relative_key = (_some_heads(x, heads) for x in tensors)
                 (weight, keep), grad = kept[2 * i : 2 * i + 2], _some_heads(grad_BRHD, heads)
-                grad_value = _dropped(weight, keep, ctx.dropout).mT @ grad
-                grad_weight = _dropped(grad @ value.mT, keep, ctx.dropout)
+                grad_value = (dropped(weight, keep, p) if p else weight).mT @ grad
+                grad_weight = grad @ value.mT
+                grad_weight = dropped(grad_weight, keep, p) if p else grad_weight
                 grad_score = torch.ops.aten._softmax_backward_data(grad_weight, weight, -1, weight.dtype)
                 grad_relative = unwindowed(grad_score, ctx.sight.shift_BR)
                 by_head = (
@@ -144,10 +147,6 @@ def _chunks(content_q_BRHD: torch.Tensor, relative_key_PHD: torch.Tensor) -> lis
 def _some_heads(x: torch.Tensor, heads: slice) -> torch.Tensor:
     """A view [B or 1, h, .., D] of the heads of a tensor [B, .., H, D] or [.., H, D]."""
     return (x if x.ndim == 4 else x[None])[:, :, heads].transpose(1, 2)
-
-
-def _dropped(x: torch.Tensor, keep: torch.Tensor | None, dropout: float) -> torch.Tensor:
-    return x if keep is None else x * keep / (1 - dropout)
 
 
 def windows(x_BHRP: torch.Tensor, shift_BR: torch.Tensor, length: int) -> torch.Tensor:

@@ -14,13 +14,13 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, XLNetConfig
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 
 from .attention import RelativeAttention, Sight, relative_encoding
+from .dropout import dropout
 from .embedded import embedded_models, resolve_model
 from .errors import CheckpointMismatchError, ConfigError, ModelNotFoundError, reason
 from .orders import may_attend
@@ -48,12 +48,15 @@ class FeedForward(nn.Module):
         self.layer_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
         self.layer_1 = nn.Linear(config.d_model, config.d_inner)
         self.layer_2 = nn.Linear(config.d_inner, config.d_model)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = config.dropout
         self.activation = ACT2FN[config.ff_activation]
 
     def forward(self, x_BRE: torch.Tensor) -> torch.Tensor:
-        inner_BRF = self.dropout(self.activation(self.layer_1(x_BRE)))
-        return self.layer_norm(x_BRE + self.dropout(self.layer_2(inner_BRF)))
+        inner_BRF = self._drop(self.activation(self.layer_1(x_BRE)))
+        return self.layer_norm(x_BRE + self._drop(self.layer_2(inner_BRF)))
+
+    def _drop(self, x: torch.Tensor) -> torch.Tensor:
+        return dropout(x, self.dropout, self.training)
 
 
 class Layer(nn.Module):
@@ -82,7 +85,7 @@ class Trunk(nn.Module):
         """Of the relative positions of sequences of ``length``, [2N-1, E]."""
         weight = self.word_embedding.weight
         encoding_PE = relative_encoding(length, weight.shape[1], self.clamp_len, weight.device)
-        return F.dropout(encoding_PE.to(weight.dtype), self.dropout, self.training)
+        return dropout(encoding_PE.to(weight.dtype), self.dropout, self.training)
 
     def relative_keys(self, length: int) -> torch.Tensor:
         """Each layer's relative-position keys for sequences of ``length``, [L, H, 2N-1, D]."""
@@ -173,7 +176,7 @@ class AnySubsetLM(PreTrainedModel):
         return self.lm_loss(hidden)
 
     def _drop(self, x: torch.Tensor) -> torch.Tensor:
-        return F.dropout(x, self.config.dropout, self.training)
+        return dropout(x, self.config.dropout, self.training)
 
     @classmethod
     def from_pretrained(cls, name_or_path, *args, revision: str = "main", dtype=torch.float32, **kwargs):

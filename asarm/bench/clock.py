@@ -12,8 +12,8 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def median_seconds(call: Callable[[], object], device: torch.device, repeats: int, warm_up: int = 1) -> float:
-    """Median over ``repeats`` calls, after ``warm_up`` that are not counted."""
+def seconds_of(call: Callable[[], object], device: torch.device, repeats: int, warm_up: int = 1) -> list[float]:
+    """Of each of ``repeats`` calls, after ``warm_up`` that are not counted."""
     seconds = []
     for repeat in range(warm_up + repeats):
         synchronise(device)
@@ -22,4 +22,9 @@ def median_seconds(call: Callable[[], object], device: torch.device, repeats: in
         synchronise(device)
         if repeat >= warm_up:
             seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+    return seconds
+
+
+def median_seconds(call: Callable[[], object], device: torch.device, repeats: int, warm_up: int = 1) -> float:
+    """Median of :func:`seconds_of`."""
+    return statistics.median(seconds_of(call, device, repeats, warm_up))

@@ -89,6 +89,7 @@ class BenchTrainConfig:
         length: positions of a row.
         batch_size: rows in a step.
         masked_fraction: share of a row's tokens that is predicted.
+        dropout: probability of dropout.
         dtypes: float32, bfloat16 (autocast).
         repeats: timed steps; the median counts.
         num_threads: CPU threads (default: all).
@@ -99,6 +100,7 @@ class BenchTrainConfig:
     length: int = 512
     batch_size: int = 1
     masked_fraction: float = 0.92
+    dropout: float = 0.1
     dtypes: list[str] = field(default_factory=lambda: ["float32", "bfloat16"], metadata=WORDS)
     repeats: int = 5
     num_threads: int | None = None
@@ -107,6 +109,7 @@ class BenchTrainConfig:
     def __post_init__(self):
         require(self.size in ARCHITECTURES, "size", self.size, f"one of {', '.join(ARCHITECTURES)}")
         require(0 < self.masked_fraction < 1, "masked_fraction", self.masked_fraction, "in (0, 1)")
+        require(0 <= self.dropout < 1, "dropout", self.dropout, "in [0, 1)")
         for name, least in (("length", 2), ("batch_size", 1), ("repeats", 1)):
             require(getattr(self, name) >= least, name, getattr(self, name), f"at least {least}")
         for dtype in self.dtypes:

@@ -1,9 +1,9 @@
 """``python -m asarm bench train``: an optimiser step of this program and of Hugging Face's XLNet on the same batch.
 
 Both start from the same weights and predict the same targets under the same masks (permutation language modelling
-through ``perm_mask`` and ``target_mapping``, as the paper's code does), without dropout; the losses say that it is the
-same work. Each is measured in a process of its own: the most memory that weights, optimiser and two steps take, then
-the median time of a step.
+through ``perm_mask`` and ``target_mapping``, as the paper's code does), with XLNet's dropout. Each is measured in a
+process of its own: the most memory that weights, optimiser and two steps take, the median time of a step, and the
+losses of two steps from the same weights without dropout, which say that it is the same work.
 
 What no program can beat is the time of the matrix products. The operations of a step's products are counted, and a bare
 product says how many of them the machine makes in a second.
@@ -29,7 +29,7 @@ from ..runlog import provenance
 from ..train.config import MaskingConfig, ObjectiveConfig, OptimizerConfig
 from ..train.objective import Batch, Objective, make_batch
 from ..train.trainer import build_optimizer
-from .clock import median_seconds
+from .clock import median_seconds, seconds_of
 from .config import ARCHITECTURES, BenchTrainConfig
 from .memory import peak_bytes
 
@@ -44,7 +44,8 @@ def bench(config: BenchTrainConfig) -> dict:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(config.seed)
-        AnySubsetLM(XLNetConfig(**ARCHITECTURES[config.size], dropout=0.0, mem_len=None)).save_pretrained(folder)
+        architecture = ARCHITECTURES[config.size] | {"dropout": config.dropout}
+        AnySubsetLM(XLNetConfig(**architecture, mem_len=None)).save_pretrained(folder)
         for dtype in config.dtypes:
             for system in (THEIRS, OURS):
                 with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
@@ -73,23 +74,25 @@ def _measure(config: BenchTrainConfig, folder: str, system: str, dtype: str) -> 
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     device = this_device()
-    batch = batch_of(config)
-    number_type, made = getattr(torch, dtype), []
+    batch = batch_of(config).to(device)
+    number_type, steps = getattr(torch, dtype), []
+    make = our_step if system == OURS else their_step
 
     def begin() -> None:
-        make = our_step if system == OURS else their_step
-        made.append(make(folder, batch.to(device), number_type))
-        made.extend([made[0](), made[0]()])
+        steps.append(make(folder, batch, number_type))
+        steps[0]()
+        steps[0]()
 
     peak = peak_bytes(begin, device)
-    step, first_loss, second_loss = made
-    seconds = median_seconds(step, device, config.repeats)
+    seconds = median_seconds(steps[0], device, config.repeats)
+    flop = product_flop(steps.pop())
+    without_dropout = make(folder, batch, number_type, dropout=0.0)
     return {
         "step_seconds": seconds,
         "tokens_per_second": config.batch_size * config.length / seconds,
         "peak": peak,
-        "losses": [first_loss, second_loss],
-        "step_flop": product_flop(step),
+        "losses": [without_dropout(), without_dropout()],
+        "step_flop": flop,
         "product_flop_per_second": product_speed(device, number_type, config.repeats),
     }
 
@@ -106,10 +109,10 @@ def product_flop(work: Callable[[], object]) -> int:
 
 
 def product_speed(device: torch.device, dtype: torch.dtype, repeats: int) -> float:
-    """Operations per second of a bare product of the size that a step mostly makes."""
+    """Operations per second of a bare product of the size that a step mostly makes, at best."""
     M, K, N = PRODUCT
     a_MK, b_KN = (torch.randn(shape, device=device).to(dtype) for shape in ((M, K), (K, N)))
-    return 2 * M * K * N / median_seconds(lambda: a_MK @ b_KN, device, 3 * repeats)
+    return 2 * M * K * N / min(seconds_of(lambda: a_MK @ b_KN, device, 10 * repeats))
 
 
 def batch_of(config: BenchTrainConfig) -> Batch:
@@ -123,18 +126,19 @@ def batch_of(config: BenchTrainConfig) -> Batch:
     )
 
 
-def our_step(folder: str, batch: Batch, dtype: torch.dtype):
-    """An optimiser step, as the training loop makes it; returns the loss."""
-    objective = Objective(AnySubsetLM.from_pretrained(folder).to(batch.ids_BN.device).train(), ObjectiveConfig())
+def our_step(folder: str, batch: Batch, dtype: torch.dtype, **settings):
+    """An optimiser step, as the training loop makes it; returns the loss. ``settings`` replace the checkpoint's."""
+    model = AnySubsetLM.from_pretrained(folder, **settings).to(batch.ids_BN.device).train()
+    objective = Objective(model, ObjectiveConfig())
     return optimiser_step(
         objective, build_optimizer(objective, OptimizerConfig()), lambda: objective(batch) / batch.n_targets, dtype
     )
 
 
-def their_step(folder: str, batch: Batch, dtype: torch.dtype):
+def their_step(folder: str, batch: Batch, dtype: torch.dtype, **settings):
     """The same with ``XLNetLMHeadModel`` and plain AdamW, as the paper's code makes it."""
     device = batch.ids_BN.device
-    model = XLNetLMHeadModel.from_pretrained(folder, dtype=torch.float32).to(device).train()
+    model = XLNetLMHeadModel.from_pretrained(folder, dtype=torch.float32, **settings).to(device).train()
     arguments = hugging_face_arguments(batch)
 
     def loss() -> torch.Tensor:
@@ -180,9 +184,10 @@ def report(result: dict) -> str:
     config = result["config"]
     lines = [
         f"{config['size']}, {config['batch_size']} x {config['length']} positions, {config['masked_fraction']:.0%} "
-        f"masked, {result['provenance']['device']}",
+        f"masked, dropout {config['dropout']}, {result['provenance']['device']}",
         "",
-        "| dtype | system | s/step | tokens/s | TFLOP/step | products alone (s) | peak (MiB) | loss, two steps |",
+        "| dtype | system | s/step | tokens/s | TFLOP/step | products alone (s) | peak (MiB) "
+        "| loss, two steps without dropout |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:

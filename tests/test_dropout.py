@@ -1,0 +1,63 @@
+"""Dropout by sixteen bits a number.
+
+The statistical tests draw 2,000,000 numbers with a fixed seed and allow five standard errors: by chance one of them
+would fail in 1.7 million seeds. The negative controls are masks with a planted bug.
+"""
+
+import pytest
+import torch
+
+from asarm.dropout import dropout, dropped, keep_mask
+
+N = 2_000_000
+ZEROS = torch.zeros(N)
+
+
+def deviations(keep_N: torch.Tensor, p: float) -> list[float]:
+    """In standard errors: of the share kept from 1 - p, at each place in a word, and of the share of neighbours that
+    are both kept from its square, at each distance within two words."""
+    keep, q = keep_N.float(), 1 - p
+    shares = [(keep[place::4].mean() - q) / (q * p / (N / 4)) ** 0.5 for place in range(4)]
+    pairs = [(((keep[d:] - q) * (keep[:-d] - q)).mean()) / (q * p / N**0.5) for d in range(1, 9)]
+    return [float(x) for x in shares + pairs]
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_numbers_are_kept_independently_with_the_probability_asked_for(p):
+    torch.manual_seed(0)
+    assert max(map(abs, deviations(keep_mask(ZEROS, p), p))) < 5
+
+
+@pytest.mark.parametrize("bug", ["signed words without their sign", "one number for two"])
+def test_a_planted_bug_is_found(bug):
+    torch.manual_seed(0)
+    if bug == "one number for two":
+        keep_N = keep_mask(ZEROS[: N // 2], 0.1).repeat_interleave(2)
+    else:
+        bits = torch.empty(N // 4, dtype=torch.int64).random_().view(torch.int16)  # 63 random bits
+        keep_N = bits >= round(0.1 * 2**16) - 2**15
+    assert max(map(abs, deviations(keep_N, 0.1))) > 5
+
+
+def test_what_is_kept_is_scaled_and_its_gradient_too():
+    x = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
+    torch.manual_seed(1)
+    y = dropout(x, 0.25, training=True)
+    kept = y != 0
+    assert 0 < int(kept.sum()) < 35
+    assert torch.allclose(y[kept], x[kept] / 0.75)
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    assert torch.allclose(gradient, kept.double() / 0.75)
+    torch.manual_seed(1)
+    assert torch.equal(dropped(x, keep_mask(x, 0.25), 0.25), y), "the generator's seed fixes the numbers"
+
+
+def test_nothing_is_dropped_outside_training_or_at_probability_zero():
+    x = torch.randn(10)
+    assert torch.equal(dropout(x, 0.5, training=False), x)
+    assert torch.equal(dropout(x, 0.0, training=True), x)
+
+
+def test_a_tensor_of_any_size_has_a_mask():
+    for shape in ((), (0,), (1,), (3, 5), (2, 0, 4)):
+        assert keep_mask(torch.zeros(shape), 0.1).shape == shape
