@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-from torch.nn import functional as F
 
 from .errors import ConfigError
 from .rng import race_times
@@ -44,9 +43,11 @@ class Law:
 
     def _shaped(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits [..., V] of the law, in float64."""
-        scaled = logits.double() / self.temperature
+        scaled = logits.to(torch.float64, copy=True)
+        if self.temperature != 1:
+            scaled.div_(self.temperature)
         if self.banned_ids:
-            scaled = scaled.index_fill(-1, _ids_on(logits.device, self.banned_ids), -torch.inf)
+            scaled.index_fill_(-1, _ids_on(logits.device, self.banned_ids), -torch.inf)
         if self.greedy:
             best = scaled.argmax(-1, keepdim=True)
             return torch.full_like(scaled, -torch.inf).scatter_(-1, best, 0.0)
@@ -94,11 +95,20 @@ def winner(weight: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
     """The token [...] that wins the race over ``time`` (:func:`start_race`) at ``weight`` [..., V]."""
     V = weight.shape[-1]
     size = _group_size(V)
-    weight_XGM = F.pad(weight, (0, -V % size)).unflatten(-1, (-1, size))
-    n_groups = weight_XGM.shape[-2]
-    group = (time[..., :n_groups] / weight_XGM.sum(-1)).argmin(-1, keepdim=True)
-    member_XM = weight_XGM.take_along_dim(group[..., None], dim=-2).squeeze(-2)
-    return (group * size + (time[..., n_groups:] / member_XM).argmin(-1, keepdim=True)).squeeze(-1)
+    n_groups = -(-V // size)
+    by_group_XG = _group_sums(weight, size)
+    group_X1 = (time[..., :n_groups] / by_group_XG).argmin(-1, keepdim=True)
+    token_XM = group_X1 * size + torch.arange(size, device=weight.device)
+    member_XM = weight.gather(-1, token_XM.clamp(max=V - 1)).where(token_XM < V, 0)
+    return (group_X1 * size + (time[..., n_groups:] / member_XM).argmin(-1, keepdim=True)).squeeze(-1)
+
+
+def _group_sums(weight: torch.Tensor, size: int) -> torch.Tensor:
+    """Of ``size`` tokens each, [..., groups]; the last group may have fewer."""
+    whole = weight.shape[-1] // size * size
+    sums = weight[..., :whole].unflatten(-1, (-1, size)).sum(-1)
+    rest = weight[..., whole:]
+    return torch.cat([sums, rest.sum(-1, keepdim=True)], dim=-1) if rest.shape[-1] else sums
 
 
 def _group_size(vocab_size: int) -> int:

@@ -84,34 +84,35 @@ def accept(state: Decoding, draft: Draft, n_exact: int, query: Rows, logits_BQV:
     not counted.
     """
     target_logp_BQV = state.law.log_probs(logits_BQV)
-    target_BQV = target_logp_BQV.exp()
     tested_BK = draft.rows.valid_BR[:, n_exact:]
     draft_BKV, draft_ids_BK = draft.probs_BKV[:, n_exact:], draft.ids_BK[:, n_exact:]
     K = tested_BK.shape[1]
+    target_logp_BK = chosen(target_logp_BQV[:, :K], draft_ids_BK)
     accepted_B = accepted_prefix(
         chosen(draft_BKV, draft_ids_BK),
-        chosen(target_BQV[:, :K], draft_ids_BK),
+        target_logp_BK.exp(),
         state.uniforms(state.accept_uniform_BN, query)[:, :K],
         tested_BK,
         state.config.accept_slack,
     )
     kept_BK = torch.arange(K, device=accepted_B.device) < accepted_B[:, None]
-    state.logp_B += chosen(target_logp_BQV[:, :K], draft_ids_BK).where(kept_BK, 0).sum(1)
+    state.logp_B += target_logp_BK.where(kept_BK, 0).sum(1)
     state.proposed_BK[:, n_exact:] += tested_BK
     state.accepted_BK[:, n_exact:] += kept_BK
 
-    last = query.at(accepted_B)
-    # past the last tested draft there is nothing to subtract: the residual is the target
-    draft_BQV = torch.cat([draft_BKV * tested_BK[..., None], torch.zeros_like(target_BQV[:, :1])], dim=1)
-    target_B1V, refused_B1V = (_at(x_BQV, accepted_B) for x_BQV in (target_BQV, draft_BQV))
-    last_ids_B1 = draw(residual(target_B1V, refused_B1V), state.uniforms(state.target_uniform_BN, last))
+    last, last_logp_BV = query.at(accepted_B), _at(target_logp_BQV, accepted_B)
+    weight_BV = last_logp_BV.exp()
+    if K:  # past the last tested draft there is nothing to subtract: the bonus token has the target's law
+        refused_B1 = (accepted_B < tested_BK.sum(1))[:, None]
+        weight_BV = residual(weight_BV, _at(draft_BKV, accepted_B.clamp(max=K - 1)) * refused_B1)
+    last_ids_B1 = draw(weight_BV[:, None], state.uniforms(state.target_uniform_BN, last))
     state.put(last, last_ids_B1)
-    state.logp_B += chosen(_at(target_logp_BQV, accepted_B), last_ids_B1).where(last.valid_BR, 0).sum(1)
+    state.logp_B += chosen(last_logp_BV[:, None], last_ids_B1).where(last.valid_BR, 0).sum(1)
     cached_B = state.settled_B + n_exact + accepted_B
     state.settle(cached_B + last.valid_BR[:, 0], cached_B, backlog=1)
     return accepted_B
 
 
 def _at(x_BQV: torch.Tensor, index_B: torch.Tensor) -> torch.Tensor:
-    """Row ``index_B`` of each sequence, [B, 1, V]."""
-    return x_BQV.take_along_dim(index_B[:, None, None], dim=1)
+    """Row ``index_B`` of each sequence, [B, V]."""
+    return x_BQV[torch.arange(len(index_B), device=index_B.device), index_B]
