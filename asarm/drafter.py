@@ -6,6 +6,7 @@ logits that the trunk has given already. No step multiplies by the trunk's own v
 """
 
 import weakref
+from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
@@ -33,42 +34,77 @@ class Drafter:
         self.correction, self.vocabulary = projection(head.correction), projection(head.vocabulary)
 
     def begin(
-        self, states_BKE: torch.Tensor, base_logits_BKV: torch.Tensor, distance_BK: torch.Tensor, n_missing: int
+        self, window: "Window", base_logits_BKV: torch.Tensor, first_B: torch.Tensor, known_ids_BC: torch.Tensor
     ) -> "DraftSteps":
-        """A round whose tokens come one by one.
+        """A round that drafts K tokens one by one, from row ``first_B`` of the window on.
 
         Args:
-            states_BKE: the trunk's query states at consecutive ranks.
-            base_logits_BKV: the trunk's logits of these states.
-            distance_BK: from the position one rank before to the row's.
-            n_missing: how many tokens before it the first row's state has not seen; each later row misses one more.
+            base_logits_BKV: the trunk's logits of the states of the K rows to be drafted.
+            first_B: at most W - K. The rows before it are context: their tokens are settled.
+            known_ids_BC: the token before each of the first C = W - K rows; not read where that is not settled.
         """
-        return DraftSteps(self, states_BKE, base_logits_BKV, distance_BK, n_missing)
+        return DraftSteps(self, window, base_logits_BKV, first_B, known_ids_BC)
+
+
+@dataclass(frozen=True)
+class Window:
+    """What the trunk says of W consecutive ranks: its query states, which all see the same tokens.
+
+    ``distance_BW`` is that from the position one rank before each row to the row's; ``n_missing`` is how many tokens
+    before it the first row's state has not seen (each later one misses one more).
+    """
+
+    states_BWE: torch.Tensor
+    distance_BW: torch.Tensor
+    n_missing: int
 
 
 class DraftSteps:
-    """A round in progress: what the rows know, and the queries, keys and values of those drafted so far."""
+    """A round in progress: what the rows know, and the queries, keys and values of the context and of those drafted so
+    far."""
 
-    def __init__(self, drafter: Drafter, states_BKE, base_logits_BKV, distance_BK, n_missing: int):
-        B, K, H = *distance_BK.shape, drafter.config.n_head
-        missing_BK = (n_missing + torch.arange(K, device=distance_BK.device)).expand(B, K)
-        self.drafter, self.base_logits_BKV, self.n_missing = drafter, base_logits_BKV, n_missing
-        self.mixed_BKM = drafter.head.mix(states_BKE, distance_BK, missing_BK)
-        self.qkv_BK3HD = self.mixed_BKM.new_empty(B, K, 3, H, drafter.config.width // H)
+    def __init__(self, drafter: Drafter, window: Window, base_logits_BKV, first_B, known_ids_BC):
+        (B, W), (C, K) = window.distance_BW.shape, (known_ids_BC.shape[1], base_logits_BKV.shape[1])
+        self.drafter, self.base_logits_BKV, self.n_context = drafter, base_logits_BKV, C
+        self.first_is_exact = C == 0 and window.n_missing == 0
+        device, H = first_B.device, drafter.config.n_head
+        missing_BW = (window.n_missing + torch.arange(W, device=device)).expand(B, W)
+        mixed_BWM = drafter.head.mix(window.states_BWE, window.distance_BW, missing_BW)
+        self.qkv_BX3HD = mixed_BWM.new_empty(B, C + K, 3, H, drafter.config.width // H)
+        self.mixed_BKM, self.bias_B11X = mixed_BWM, None
+        if C:
+            self.mixed_BKM = rows_from(mixed_BWM, first_B, K)
+            context_BCM = mixed_BWM[:, :C] + F.embedding(known_ids_BC, drafter.token_VM)
+            self._write(slice(0, C), context_BCM)
+            blind_BX = torch.arange(C + K, device=device) >= first_B[:, None]
+            blind_BX[:, C:] = False
+            self.bias_B11X = torch.zeros_like(blind_BX, dtype=mixed_BWM.dtype).masked_fill_(blind_BX, -torch.inf)
+            self.bias_B11X = self.bias_B11X[:, None, None]
+
+    def _write(self, at: slice, x_BXM: torch.Tensor) -> None:
+        place = self.qkv_BX3HD[:, at]
+        place.copy_(self.drafter.query_key_value(self.drafter.head.layer.norm_1(x_BXM)).view_as(place))
 
     def step(self, j: int, previous_ids_B: torch.Tensor) -> torch.Tensor:
-        """Logits [B, V] of row ``j`` given the token before it; rows come in order, 0 first."""
-        drafter, layer = self.drafter, self.drafter.head.layer
+        """Logits [B, V] of the ``j``-th drafted row given the token before it; rows come in order, 0 first."""
+        drafter, layer, last = self.drafter, self.drafter.head.layer, self.n_context + j
         x_B1M = self.mixed_BKM[:, j : j + 1] + F.embedding(previous_ids_B[:, None], drafter.token_VM)
-        self.qkv_BK3HD[:, j] = drafter.query_key_value(layer.norm_1(x_B1M)).view_as(self.qkv_BK3HD[:, j])
-        if self.n_missing + j == 0:
-            return self.base_logits_BKV[:, j]
-        query_BHKD, key_BHKD, value_BHKD = self.qkv_BK3HD[:, : j + 1].permute(2, 0, 3, 1, 4)
-        attended_BH1D = F.scaled_dot_product_attention(query_BHKD[:, :, j:], key_BHKD, value_BHKD)
+        self._write(slice(last, last + 1), x_B1M)
+        if j == 0 and self.first_is_exact:
+            return self.base_logits_BKV[:, 0]
+        query_BHXD, key_BHXD, value_BHXD = self.qkv_BX3HD[:, : last + 1].permute(2, 0, 3, 1, 4)
+        bias_B11X = None if self.bias_B11X is None else self.bias_B11X[..., : last + 1]
+        attended_BH1D = F.scaled_dot_product_attention(query_BHXD[:, :, last:], key_BHXD, value_BHXD, bias_B11X)
         x_B1M = drafter.out(attended_BH1D.transpose(1, 2).flatten(2), x_B1M)
         x_B1M = drafter.outer(drafter.inner(layer.norm_2(x_B1M)), x_B1M)
         correction_BX = drafter.correction(drafter.head.norm(x_B1M))[:, 0]
         return drafter.vocabulary(correction_BX, self.base_logits_BKV[:, j])
+
+
+def rows_from(x_BWM: torch.Tensor, first_B: torch.Tensor, count: int) -> torch.Tensor:
+    """``count`` rows of each sequence from its row ``first_B`` on, [B, count, M]."""
+    place_BK = first_B[:, None] + torch.arange(count, device=first_B.device)
+    return x_BWM.take_along_dim(place_BK[..., None], dim=1)
 
 
 _DRAFTERS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()

@@ -8,7 +8,7 @@ from conftest import make_model, random_batch
 
 from asarm import AnySubsetLM
 from asarm.draft_head import DraftHead, distance_to_previous, find_draft_head, previous_ids
-from asarm.drafter import Drafter
+from asarm.drafter import Drafter, Window, rows_from
 from asarm.errors import CheckpointMismatchError, ConfigError, ModelNotFoundError
 
 SHAPE = {"width": 8, "n_head": 2, "rank": 6}
@@ -46,10 +46,29 @@ def test_steps_equal_the_teacher_forced_form(trunk, K, first_missing):
     head = random_head(trunk)
     states_BKE, base_BKV, ids_BK, distance_BK, missing_BK = random_round(trunk, K=K, first_missing=first_missing)
     whole_BKV = head(states_BKE, base_BKV, ids_BK, distance_BK, missing_BK)
-    steps = Drafter(head).begin(states_BKE, base_BKV, distance_BK, first_missing)
+    window, first_B = Window(states_BKE, distance_BK, first_missing), torch.zeros(len(ids_BK), dtype=torch.long)
+    steps = Drafter(head).begin(window, base_BKV, first_B, ids_BK[:, :0])
     one_by_one_BKV = torch.stack([steps.step(j, ids_BK[:, j]) for j in range(K)], dim=1)
     assert torch.allclose(one_by_one_BKV, whole_BKV, atol=1e-5)
     assert (first_missing == 0 and K == 1) or (whole_BKV - base_BKV).abs().max() > 0.5, "the head did speak"
+
+
+@pytest.mark.parametrize("K", [1, 3])
+@torch.no_grad()
+def test_steps_after_settled_rows_equal_the_teacher_forced_form(trunk, K):
+    """Each sequence begins at a row of its own; tokens that are not settled yet are not read."""
+    head, first_B, C = random_head(trunk), torch.tensor([0, 2, 3]), 3
+    states_BWE, base_BWV, ids_BW, distance_BW, missing_BW = random_round(trunk, K=C + K, first_missing=1)
+    whole_BWV = head(states_BWE, base_BWV, ids_BW, distance_BW, missing_BW)
+    unsettled_BC = torch.arange(C) >= first_B[:, None]
+    known_ids_BC = ids_BW[:, :C].masked_fill(unsettled_BC, 7)
+    window = Window(states_BWE, distance_BW, n_missing=1)
+    steps = Drafter(head).begin(window, rows_from(base_BWV, first_B, K), first_B, known_ids_BC)
+    for j in range(K):
+        row_B = first_B + j
+        logits_BV = steps.step(j, ids_BW[torch.arange(3), row_B])
+        assert torch.allclose(logits_BV, whole_BWV[torch.arange(3), row_B], atol=1e-5)
+    assert (whole_BWV - base_BWV).abs().max() > 0.5, "the head did speak"
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 import torch
 
 from ..draft_head import DraftHead
-from ..drafter import Drafter
+from ..drafter import Drafter, Window
 from ..engine import Projection, can_pack
 from ..law import Law, start_race, winner
 from ..model import AnySubsetLM
@@ -32,15 +32,16 @@ def draft_step_seconds(model: AnySubsetLM, k: int, batch_size: int) -> dict[str,
     states_BKE = torch.randn(batch_size, k, c.d_model, generator=generator).to(device, dtype)
     uniform_BK = torch.rand(batch_size, k, generator=generator, dtype=torch.float64).to(device)
     distance_BK = torch.ones(batch_size, k, dtype=torch.long, device=device)
-    base_logits_BKV = model.logits(states_BKE)
+    base_logits_BKV, window = model.logits(states_BKE), Window(states_BKE, distance_BK, n_missing=0)
 
     def seconds(drafter: Drafter, vocab_size: int) -> float:
         law = Law(banned_ids=(model.mask_token_id,))
 
         def steps() -> None:
-            started = drafter.begin(states_BKE, base_logits_BKV[..., :vocab_size], distance_BK, n_missing=0)
-            time_BKX = start_race(uniform_BK, vocab_size)
             token_B = torch.zeros(batch_size, dtype=torch.long, device=device)
+            nothing_BC = token_B[:, None].expand(-1, 0)
+            started = drafter.begin(window, base_logits_BKV[..., :vocab_size], first_B=token_B, known_ids_BC=nothing_BC)
+            time_BKX = start_race(uniform_BK, vocab_size)
             for j in range(k):
                 token_B = winner(law.probs(started.step(j, token_B)), time_BKX[:, j])
 

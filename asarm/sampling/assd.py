@@ -9,11 +9,12 @@ never outnumber tokens.
 
 import torch
 
+from ..drafter import rows_from
 from ..law import draw
 from ..orders import Rows, rows_with_limit
 from .accept import accepted_prefix, residual
 from .decoding import Decoding, chosen
-from .drafts import Draft, bigram_draft, draft_ahead, draft_from, no_draft
+from .drafts import Draft, bigram_draft, draft_ahead, head_draft, no_draft, self_draft
 
 
 def assd_round(state: Decoding) -> None:
@@ -36,24 +37,26 @@ def assd_ngram_round(state: Decoding) -> None:
 def assd_one_pass_round(state: Decoding) -> None:
     """Draft in the pass that verifies the drafts of the round before: one call a round.
 
-    For every length a that the accepted prefix may have, the pass also holds query rows for the k ranks after the
-    token that will then be settled, all seeing what precedes that token. Acceptance picks the branch; only its rows
-    are projected onto the vocabulary. (A draft head is told the settled token; the self draft does without it.)
+    Without a draft head, for every length a that the accepted prefix may have, the pass also holds query rows for the k
+    ranks after the token that will then be settled, all seeing what precedes that token. Acceptance picks the branch;
+    only its rows are projected onto the vocabulary. A head is told the tokens that its states have not seen, so for it
+    one window of 2k ranks is enough, whatever is accepted.
     """
     k = state.config.k
     draft = state.draft or no_draft(state)
     query = _tested_rows(state, draft, n_exact=0)
-    branches = _branch_rows(state)
+    ahead = _branches(state) if state.drafter is None else _window(state)
     state.put(draft.rows, draft.ids_BK)
-    hidden_BQE = state.hidden(query.followed_by(branches), draft_end_B=state.settled_B + k, n_drafts=k)
+    hidden_BQE = state.hidden(query.followed_by(ahead), draft_end_B=state.settled_B + k, n_drafts=k)
     accepted_B = accept(state, draft, 0, query, state.engine.logits(hidden_BQE[:, : k + 1]))
-    branch_BAKE = hidden_BQE[:, k + 1 :].unflatten(1, (k + 1, k))
-    branch_BKE = branch_BAKE.take_along_dim(accepted_B[:, None, None, None], dim=1).squeeze(1)
-    rows = state.rows(state.settled_B, state.settled_B + k, k)
-    state.draft = draft_from(state, rows, branch_BKE, n_missing=1)
+    rows, ahead_BXE = state.rows(state.settled_B, state.settled_B + k, k), hidden_BQE[:, k + 1 :]
+    if state.drafter is None:
+        state.draft = self_draft(state, rows, rows_from(ahead_BXE, accepted_B * k, k), n_missing=1)
+    else:
+        state.draft = head_draft(state, rows, ahead_BXE, accepted_B, n_missing=1)
 
 
-def _branch_rows(state: Decoding) -> Rows:
+def _branches(state: Decoding) -> Rows:
     """Query rows for the k ranks after each rank that may be settled next, [B, (k+1) k], blind to the token at that
     rank."""
     k, device = state.config.k, state.settled_B.device
@@ -61,6 +64,13 @@ def _branch_rows(state: Decoding) -> Rows:
     limit_BX = (state.settled_B[:, None, None] + accepted_A1.expand(-1, k)).flatten(1)
     rank_BX = (state.settled_B[:, None, None] + accepted_A1 + 1 + torch.arange(k, device=device)).flatten(1)
     return rows_with_limit(state.order, rank_BX, limit_BX, state.order.length_B)
+
+
+def _window(state: Decoding) -> Rows:
+    """Query rows for the 2k ranks after the next one, [B, 2k], which see the settled tokens."""
+    settled_B1 = state.settled_B[:, None]
+    rank_BW = settled_B1 + 1 + torch.arange(2 * state.config.k, device=settled_B1.device)
+    return rows_with_limit(state.order, rank_BW, settled_B1.expand_as(rank_BW), state.order.length_B)
 
 
 def verify(state: Decoding, draft: Draft, n_exact: int) -> None:

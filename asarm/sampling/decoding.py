@@ -106,7 +106,9 @@ class Decoding:
 
         (T, N), device = ids_TN.shape, ids_TN.device
         B = min(batch_size, T)
-        n_query = (config.k + 1) ** 2 if config.one_pass else config.k + 1
+        n_query = config.k + 1
+        if config.one_pass:
+            n_query += 2 * config.k if self.drafter else (config.k + 1) * config.k
         decoding = call_bytes(model, B, N, 1 + config.k + n_query, B * (config.k + 1))
         n_prefill = min(max(self._n_visible_T), max(ROWS_AT_A_TIME, PREFILL_ROWS // B))
         require_memory(model, B, N, max(decoding, call_bytes(model, B, N, n_prefill, 0)))

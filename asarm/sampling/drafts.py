@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from ..draft_head import distance_to_previous, previous_ids
+from ..drafter import Window, rows_from
 from ..law import Law, draw, start_race, winner
 from ..orders import Rows
 from .decoding import Decoding
@@ -26,28 +27,44 @@ def draft_ahead(state: Decoding) -> Draft:
     """
     k = state.config.k
     rows = state.rows(state.settled_B, state.settled_B + k, k)
-    return draft_from(state, rows, state.hidden(rows, limit_B=state.settled_B), n_missing=0)
-
-
-def draft_from(state: Decoding, rows: Rows, states_BKE: torch.Tensor, n_missing: int) -> Draft:
-    """Draft one token a row from the rows' hidden states, the first of which misses ``n_missing`` tokens before it:
-    each as if the others did not exist, or with a draft head one after another. Where nothing is missing the law is the
-    target's."""
-    logits_BKV = state.engine.logits(states_BKE)
-    laws = [state.law if n_missing + j == 0 else state.draft_law for j in range(rows.rank_BR.shape[1])]
-    uniform_BK = state.uniforms(state.draft_uniform_BN, rows)
+    states_BKE = state.hidden(rows, limit_B=state.settled_B)
     if state.drafter is None:
-        probs_BKV = _probs(laws, logits_BKV)
-        return Draft(rows, draw(probs_BKV, uniform_BK), probs_BKV)
-    steps = state.drafter.begin(states_BKE, logits_BKV, distance_to_previous(state.order, rows.rank_BR), n_missing)
-    token_B = previous_ids(state.ids_BS, state.order, rows.rank_BR[:, :1], state.model.mask_token_id)[:, 0]
-    time_BKX = start_race(uniform_BK, logits_BKV.shape[-1])
+        return self_draft(state, rows, states_BKE, n_missing=0)
+    return head_draft(state, rows, states_BKE, torch.zeros_like(state.settled_B), n_missing=0)
+
+
+def self_draft(state: Decoding, rows: Rows, states_BKE: torch.Tensor, n_missing: int) -> Draft:
+    """Draft one token a row from the rows' hidden states, the first of which misses ``n_missing`` tokens before it:
+    each as if the others did not exist. Where nothing is missing the law is the target's."""
+    probs_BKV = _probs(_laws(state, n_missing), state.engine.logits(states_BKE))
+    return Draft(rows, draw(probs_BKV, state.uniforms(state.draft_uniform_BN, rows)), probs_BKV)
+
+
+def head_draft(state: Decoding, rows: Rows, states_BWE: torch.Tensor, first_B: torch.Tensor, n_missing: int) -> Draft:
+    """Draft one token a row with the draft head, one after another.
+
+    ``states_BWE`` are the hidden states of a window of ranks, in which ``rows`` begin at row ``first_B``; the first row
+    of the window misses ``n_missing`` tokens before it. Where nothing is missing the law is the target's.
+    """
+    W, K = states_BWE.shape[1], rows.rank_BR.shape[1]
+    rank_BW = (rows.rank_BR[:, 0] - first_B)[:, None] + torch.arange(W, device=first_B.device)
+    before_BW = previous_ids(state.ids_BS, state.order, rank_BW, state.model.mask_token_id)
+    window = Window(states_BWE, distance_to_previous(state.order, rank_BW), n_missing)
+    logits_BKV = state.engine.logits(states_BWE if W == K else rows_from(states_BWE, first_B, K))
+    steps = state.drafter.begin(window, logits_BKV, first_B, before_BW[:, : W - K])
+    token_B = before_BW.gather(1, first_B[:, None])[:, 0]
+    time_BKX = start_race(state.uniforms(state.draft_uniform_BN, rows), logits_BKV.shape[-1])
     ids, probs = [], []
-    for j, law in enumerate(laws):
+    for j, law in enumerate(_laws(state, n_missing)):
         probs.append(law.probs(steps.step(j, token_B)))
         token_B = winner(probs[-1], time_BKX[:, j])
         ids.append(token_B)
     return Draft(rows, torch.stack(ids, dim=1), torch.stack(probs, dim=1))
+
+
+def _laws(state: Decoding, n_missing: int) -> list[Law]:
+    """Of the rows of a draft: the target's where nothing is missing."""
+    return [state.law if n_missing + j == 0 else state.draft_law for j in range(state.config.k)]
 
 
 def _probs(laws: list[Law], logits_BKV: torch.Tensor) -> torch.Tensor:
