@@ -16,6 +16,19 @@ from .engine import Projection, can_pack
 from .model import AnySubsetLM
 
 
+@dataclass(frozen=True)
+class Window:
+    """What the trunk says of W consecutive ranks: its query states, which all see the same tokens.
+
+    ``distance_BW`` is that from the position one rank before each row to the row's; ``n_missing`` is how many tokens
+    before it the first row's state has not seen (each later one misses one more).
+    """
+
+    states_BWE: torch.Tensor
+    distance_BW: torch.Tensor
+    n_missing: int
+
+
 class Drafter:
     """``head`` with its weights as sampling wants them."""
 
@@ -34,7 +47,7 @@ class Drafter:
         self.correction, self.vocabulary = projection(head.correction), projection(head.vocabulary)
 
     def begin(
-        self, window: "Window", base_logits_BKV: torch.Tensor, first_B: torch.Tensor, known_ids_BC: torch.Tensor
+        self, window: Window, base_logits_BKV: torch.Tensor, first_B: torch.Tensor, known_ids_BC: torch.Tensor
     ) -> "DraftSteps":
         """A round that drafts K tokens one by one, from row ``first_B`` of the window on.
 
@@ -44,19 +57,6 @@ class Drafter:
             known_ids_BC: the token before each of the first C = W - K rows; not read where that is not settled.
         """
         return DraftSteps(self, window, base_logits_BKV, first_B, known_ids_BC)
-
-
-@dataclass(frozen=True)
-class Window:
-    """What the trunk says of W consecutive ranks: its query states, which all see the same tokens.
-
-    ``distance_BW`` is that from the position one rank before each row to the row's; ``n_missing`` is how many tokens
-    before it the first row's state has not seen (each later one misses one more).
-    """
-
-    states_BWE: torch.Tensor
-    distance_BW: torch.Tensor
-    n_missing: int
 
 
 class DraftSteps:
@@ -71,15 +71,12 @@ class DraftSteps:
         missing_BW = (window.n_missing + torch.arange(W, device=device)).expand(B, W)
         mixed_BWM = drafter.head.mix(window.states_BWE, window.distance_BW, missing_BW)
         self.qkv_BX3HD = mixed_BWM.new_empty(B, C + K, 3, H, drafter.config.width // H)
-        self.mixed_BKM, self.bias_B11X = mixed_BWM, None
+        self.mixed_BKM, self.seen_B11X = mixed_BWM, None
         if C:
             self.mixed_BKM = rows_from(mixed_BWM, first_B, K)
-            context_BCM = mixed_BWM[:, :C] + F.embedding(known_ids_BC, drafter.token_VM)
-            self._write(slice(0, C), context_BCM)
-            blind_BX = torch.arange(C + K, device=device) >= first_B[:, None]
-            blind_BX[:, C:] = False
-            self.bias_B11X = torch.zeros_like(blind_BX, dtype=mixed_BWM.dtype).masked_fill_(blind_BX, -torch.inf)
-            self.bias_B11X = self.bias_B11X[:, None, None]
+            self._write(slice(0, C), mixed_BWM[:, :C] + F.embedding(known_ids_BC, drafter.token_VM))
+            row_X = torch.arange(C + K, device=device)
+            self.seen_B11X = ((row_X < first_B[:, None]) | (row_X >= C))[:, None, None]
 
     def _write(self, at: slice, x_BXM: torch.Tensor) -> None:
         place = self.qkv_BX3HD[:, at]
@@ -93,8 +90,8 @@ class DraftSteps:
         if j == 0 and self.first_is_exact:
             return self.base_logits_BKV[:, 0]
         query_BHXD, key_BHXD, value_BHXD = self.qkv_BX3HD[:, : last + 1].permute(2, 0, 3, 1, 4)
-        bias_B11X = None if self.bias_B11X is None else self.bias_B11X[..., : last + 1]
-        attended_BH1D = F.scaled_dot_product_attention(query_BHXD[:, :, last:], key_BHXD, value_BHXD, bias_B11X)
+        seen_B11X = None if self.seen_B11X is None else self.seen_B11X[..., : last + 1]
+        attended_BH1D = F.scaled_dot_product_attention(query_BHXD[:, :, last:], key_BHXD, value_BHXD, seen_B11X)
         x_B1M = drafter.out(attended_BH1D.transpose(1, 2).flatten(2), x_B1M)
         x_B1M = drafter.outer(drafter.inner(layer.norm_2(x_B1M)), x_B1M)
         correction_BX = drafter.correction(drafter.head.norm(x_B1M))[:, 0]
