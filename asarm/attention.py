@@ -101,8 +101,8 @@ class Attention(torch.autograd.Function):
                 score = windows(relative_q @ relative_key.mT, sight.shift_BR, key.shape[2]).add_(sight.bias_B1RN)
                 score.flatten(0, 1).baddbmm_(content_q.flatten(0, 1), key.mT.flatten(0, 1))
                 weight = score.softmax(-1)
-                keep = keep_mask(weight, p) if p else None
-                out_BRHD[:, :, heads] = ((dropped(weight, keep, p) if p else weight) @ value).transpose(1, 2)
+                keep = keep_mask(weight, p)
+                out_BRHD[:, :, heads] = (dropped(weight, keep, p) @ value).transpose(1, 2)
                 if any(ctx.needs_input_grad):
                     kept += [weight, keep]
         ctx.save_for_backward(*tensors, *kept)
@@ -119,9 +119,8 @@ class Attention(torch.autograd.Function):
             for i, heads in enumerate(_chunks(tensors[0], tensors[4])):
                 content_q, relative_q, key, value, relative_key = (_some_heads(x, heads) for x in tensors)
                 (weight, keep), grad = kept[2 * i : 2 * i + 2], _some_heads(grad_BRHD, heads)
-                grad_value = (dropped(weight, keep, p) if p else weight).mT @ grad
-                grad_weight = grad @ value.mT
-                grad_weight = dropped(grad_weight, keep, p) if p else grad_weight
+                grad_value = dropped(weight, keep, p).mT @ grad
+                grad_weight = dropped(grad @ value.mT, keep, p)
                 grad_score = torch.ops.aten._softmax_backward_data(grad_weight, weight, -1, weight.dtype)
                 grad_relative = unwindowed(grad_score, ctx.sight.shift_BR)
                 by_head = (

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from .draft_head import DraftHead, find_draft_head, require_trunk
 from .engine import Projection, can_pack
 from .model import AnySubsetLM
+from .orders import rows_from
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,8 @@ class DraftSteps:
         missing_BW = (window.n_missing + torch.arange(W, device=device)).expand(B, W)
         mixed_BWM = drafter.head.mix(window.states_BWE, window.distance_BW, missing_BW)
         self.qkv_BX3HD = mixed_BWM.new_empty(B, C + K, 3, H, drafter.config.width // H)
-        self.mixed_BKM, self.seen_B11X = mixed_BWM, None
+        self.mixed_BKM, self.seen_B11X = rows_from(mixed_BWM, first_B, K), None
         if C:
-            self.mixed_BKM = rows_from(mixed_BWM, first_B, K)
             self._write(slice(0, C), mixed_BWM[:, :C] + F.embedding(known_ids_BC, drafter.token_VM))
             row_X = torch.arange(C + K, device=device)
             self.seen_B11X = ((row_X < first_B[:, None]) | (row_X >= C))[:, None, None]
@@ -96,12 +96,6 @@ class DraftSteps:
         x_B1M = drafter.outer(drafter.inner(layer.norm_2(x_B1M)), x_B1M)
         correction_BX = drafter.correction(drafter.head.norm(x_B1M))[:, 0]
         return drafter.vocabulary(correction_BX, self.base_logits_BKV[:, j])
-
-
-def rows_from(x_BWM: torch.Tensor, first_B: torch.Tensor, count: int) -> torch.Tensor:
-    """``count`` rows of each sequence from its row ``first_B`` on, [B, count, M]."""
-    place_BK = first_B[:, None] + torch.arange(count, device=first_B.device)
-    return x_BWM.take_along_dim(place_BK[..., None], dim=1)
 
 
 _DRAFTERS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()

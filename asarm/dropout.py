@@ -17,8 +17,10 @@ def dropout(x: torch.Tensor, p: float, training: bool) -> torch.Tensor:
     return dropped(x, keep_mask(x, p), p)
 
 
-def keep_mask(x: torch.Tensor, p: float) -> torch.Tensor:
-    """What of ``x`` is kept with dropout probability ``p``: a bool tensor of its shape, True = kept."""
+def keep_mask(x: torch.Tensor, p: float) -> torch.Tensor | None:
+    """What of ``x`` is kept with dropout probability ``p``: a bool tensor of its shape, True = kept; None at 0."""
+    if not p:
+        return None
     if x.device.type != "cpu":
         return torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p)
     words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
@@ -26,6 +28,6 @@ def keep_mask(x: torch.Tensor, p: float) -> torch.Tensor:
     return bits >= round(p * _VALUES) - _VALUES // 2
 
 
-def dropped(x: torch.Tensor, keep: torch.Tensor, p: float) -> torch.Tensor:
+def dropped(x: torch.Tensor, keep: torch.Tensor | None, p: float) -> torch.Tensor:
     """``x`` where it is kept, scaled so that its expectation stays, and 0 elsewhere."""
-    return x * keep / (1 - p)
+    return x if keep is None else x * keep / (1 - p)

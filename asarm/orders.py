@@ -153,6 +153,15 @@ class Rows:
         return Rows(*(value_BR.gather(1, index_B[:, None]) for value_BR in vars(self).values()))
 
 
+def rows_from(x_BRM: torch.Tensor, first_B: torch.Tensor, count: int) -> torch.Tensor:
+    """``count`` rows of each sequence from its row ``first_B`` on, [B, count, M]; first + count is at most R."""
+    B, R = x_BRM.shape[:2]
+    if count == R:
+        return x_BRM
+    place_BC = first_B[:, None] + torch.arange(count, device=first_B.device)
+    return x_BRM[torch.arange(B, device=first_B.device)[:, None], place_BC]
+
+
 def rows_with_limit(order: Order, rank_BR: torch.Tensor, limit_BR: torch.Tensor, end_B: torch.Tensor) -> Rows:
     """Rows at any ranks with any limits; those at or past ``end_B`` are invalid."""
     N = order.order_BN.shape[1]

@@ -8,8 +8,9 @@ from conftest import make_model, random_batch
 
 from asarm import AnySubsetLM
 from asarm.draft_head import DraftHead, distance_to_previous, find_draft_head, previous_ids
-from asarm.drafter import Drafter, Window, rows_from
+from asarm.drafter import Drafter, Window
 from asarm.errors import CheckpointMismatchError, ConfigError, ModelNotFoundError
+from asarm.orders import rows_from
 
 SHAPE = {"width": 8, "n_head": 2, "rank": 6}
 

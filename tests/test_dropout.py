@@ -1,7 +1,8 @@
 """Dropout by sixteen bits a number.
 
-The statistical tests draw 2,000,000 numbers with a fixed seed and allow five standard errors: by chance one of them
-would fail in 1.7 million seeds. The negative controls are masks with a planted bug.
+The statistical tests draw 2,000,000 numbers with a fixed seed and compare 12 deviations with five standard errors (one
+in 1.7 million is beyond): a test fails by chance with one seed in 140,000. The negative controls are masks with a
+planted bug.
 """
 
 import pytest
@@ -14,8 +15,8 @@ ZEROS = torch.zeros(N)
 
 
 def deviations(keep_N: torch.Tensor, p: float) -> list[float]:
-    """In standard errors: of the share kept from 1 - p, at each place in a word, and of the share of neighbours that
-    are both kept from its square, at each distance within two words."""
+    """In standard errors: of the share kept from 1 - p, at each place in a word, and of the covariance of
+    neighbours from 0, at each distance within two words."""
     keep, q = keep_N.float(), 1 - p
     shares = [(keep[place::4].mean() - q) / (q * p / (N / 4)) ** 0.5 for place in range(4)]
     pairs = [(((keep[d:] - q) * (keep[:-d] - q)).mean()) / (q * p / N**0.5) for d in range(1, 9)]

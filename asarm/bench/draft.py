@@ -39,7 +39,7 @@ def draft_step_seconds(model: AnySubsetLM, k: int, batch_size: int) -> dict[str,
 
         def steps() -> None:
             token_B = torch.zeros(batch_size, dtype=torch.long, device=device)
-            nothing_BC = token_B[:, None].expand(-1, 0)
+            nothing_BC = token_B.new_empty(batch_size, 0)
             started = drafter.begin(window, base_logits_BKV[..., :vocab_size], first_B=token_B, known_ids_BC=nothing_BC)
             time_BKX = start_race(uniform_BK, vocab_size)
             for j in range(k):

@@ -9,9 +9,8 @@ never outnumber tokens.
 
 import torch
 
-from ..drafter import rows_from
 from ..law import draw
-from ..orders import Rows, rows_with_limit
+from ..orders import Rows, rows_from, rows_with_limit
 from .accept import accepted_prefix, residual
 from .decoding import Decoding, chosen
 from .drafts import Draft, bigram_draft, draft_ahead, head_draft, no_draft, self_draft
@@ -110,19 +109,14 @@ def accept(state: Decoding, draft: Draft, n_exact: int, query: Rows, logits_BQV:
     state.proposed_BK[:, n_exact:] += tested_BK
     state.accepted_BK[:, n_exact:] += kept_BK
 
-    last, last_logp_BV = query.at(accepted_B), _at(target_logp_BQV, accepted_B)
-    weight_BV = last_logp_BV.exp()
+    last, last_logp_B1V = query.at(accepted_B), rows_from(target_logp_BQV, accepted_B, 1)
+    weight_B1V = last_logp_B1V.exp()
     if K:  # past the last tested draft there is nothing to subtract: the bonus token has the target's law
-        refused_B1 = (accepted_B < tested_BK.sum(1))[:, None]
-        weight_BV = residual(weight_BV, _at(draft_BKV, accepted_B.clamp(max=K - 1)) * refused_B1)
-    last_ids_B1 = draw(weight_BV[:, None], state.uniforms(state.target_uniform_BN, last))
+        refused_B11 = (accepted_B < tested_BK.sum(1))[:, None, None]
+        weight_B1V = residual(weight_B1V, rows_from(draft_BKV, accepted_B.clamp(max=K - 1), 1) * refused_B11)
+    last_ids_B1 = draw(weight_B1V, state.uniforms(state.target_uniform_BN, last))
     state.put(last, last_ids_B1)
-    state.logp_B += chosen(last_logp_BV[:, None], last_ids_B1).where(last.valid_BR, 0).sum(1)
+    state.logp_B += chosen(last_logp_B1V, last_ids_B1).where(last.valid_BR, 0).sum(1)
     cached_B = state.settled_B + n_exact + accepted_B
     state.settle(cached_B + last.valid_BR[:, 0], cached_B, backlog=1)
     return accepted_B
-
-
-def _at(x_BQV: torch.Tensor, index_B: torch.Tensor) -> torch.Tensor:
-    """Row ``index_B`` of each sequence, [B, V]."""
-    return x_BQV[torch.arange(len(index_B), device=index_B.device), index_B]

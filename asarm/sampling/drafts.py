@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 
 from ..draft_head import distance_to_previous, previous_ids
-from ..drafter import Window, rows_from
+from ..drafter import Window
 from ..law import Law, draw, start_race, winner
-from ..orders import Rows
+from ..orders import Rows, rows_from
 from .decoding import Decoding
 
 
@@ -50,7 +50,7 @@ def head_draft(state: Decoding, rows: Rows, states_BWE: torch.Tensor, first_B: t
     rank_BW = (rows.rank_BR[:, 0] - first_B)[:, None] + torch.arange(W, device=first_B.device)
     before_BW = previous_ids(state.ids_BS, state.order, rank_BW, state.model.mask_token_id)
     window = Window(states_BWE, distance_to_previous(state.order, rank_BW), n_missing)
-    logits_BKV = state.engine.logits(states_BWE if W == K else rows_from(states_BWE, first_B, K))
+    logits_BKV = state.engine.logits(rows_from(states_BWE, first_B, K))
     steps = state.drafter.begin(window, logits_BKV, first_B, before_BW[:, : W - K])
     token_B = before_BW.gather(1, first_B[:, None])[:, 0]
     time_BKX = start_race(state.uniforms(state.draft_uniform_BN, rows), logits_BKV.shape[-1])
