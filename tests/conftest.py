@@ -1,17 +1,20 @@
 """Small random models and the development data, where it is there."""
 
 import os
+import shutil
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the library is imported; no test may wait for a network
 
 import pytest
 import torch
-from transformers import XLNetConfig
+from training_runs import write_text
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, XLNetConfig
 
 from asarm import AnySubsetLM
 from asarm.draft_head import DraftHead
 from asarm.drafter import attach_draft_head
+from asarm.embedded import ASSETS
 from asarm.orders import Order
 
 torch.set_num_threads(1)  # the models are tiny, and two processes share the machine in a parallel run
@@ -59,3 +62,30 @@ def data_dir() -> Path:
     if not path or not Path(path).is_dir():
         pytest.skip("ASARM_DATA_DIR is not set: the development data is not part of the repository")
     return Path(path)
+
+
+@pytest.fixture
+def text_file(tmp_path) -> Path:
+    """Something to train on."""
+    return write_text(tmp_path / "text.jsonl")
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    """A folder with a small random model in the vocabulary of tiny-english."""
+    folder = tmp_path_factory.mktemp("small")
+    make_model(vocab_size=8192, mask_token_id=6, spread=0.3).save_pretrained(folder)
+    shutil.copy(ASSETS / "tiny-english" / "tokenizer.json", folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def small_gpt2(tmp_path_factory):
+    """A folder with a small random GPT-2 in the same vocabulary, for texts of at most 64 tokens."""
+    folder = tmp_path_factory.mktemp("small-gpt2")
+    torch.manual_seed(0)
+    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64, "initializer_range": 0.3}
+    GPT2LMHeadModel(GPT2Config(vocab_size=8192, bos_token_id=1, eos_token_id=2, **sizes)).save_pretrained(folder)
+    file = str(ASSETS / "tiny-english" / "tokenizer.json")
+    PreTrainedTokenizerFast(tokenizer_file=file, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    return str(folder)

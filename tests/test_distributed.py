@@ -12,17 +12,12 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from test_train import NO_DROPOUT, losses, small_run, write_text
+from training_runs import NO_DROPOUT, losses, small_run
 
 from asarm.errors import EXIT_STOPPED, ConfigError
 from asarm.train.checkpoint import checkpoints, load_checkpoint
 from asarm.train.config import OptimizerConfig, ValidationConfig
 from asarm.train.loop import train
-
-
-@pytest.fixture
-def text_file(tmp_path):
-    return write_text(tmp_path / "text.jsonl")
 
 
 def free_port() -> str:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import make_model, random_batch, with_random_head
 from safetensors.torch import load_file
-from test_train import small_run, stop_before, write_text
+from training_runs import small_run, stop_before, write_text
 
 from asarm import SamplerConfig, joint_log_prob, sample
 from asarm.evals.config import SpeculativeConfig

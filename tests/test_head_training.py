@@ -9,7 +9,7 @@ import torch
 from conftest import make_model, random_batch
 from safetensors.torch import load_file
 from test_draft_head import SHAPE, random_head
-from test_train import write_text
+from training_runs import write_text
 
 from asarm import AnySubsetLM, Law, Order, conditional_log_probs
 from asarm.cli import main

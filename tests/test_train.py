@@ -1,25 +1,19 @@
-"""Training: exact resume, a real process killed, and what is refused before the first step."""
+"""Training: what is learnt, validated and kept, and what is refused before the first step."""
 
 import itertools
 import json
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from training_runs import NO_DROPOUT, losses, small_run
 
 from asarm import AnySubsetLM, TextTokenizer, engine
-from asarm.config import DataConfig
 from asarm.errors import (
-    EXIT_STOPPED,
     CheckpointMismatchError,
     ConfigError,
     DataFileError,
@@ -31,48 +25,9 @@ from asarm.errors import (
 from asarm.evals.config import ScoreConfig
 from asarm.evals.likelihood import held_out_likelihood
 from asarm.train import loop, trainer
-from asarm.train.checkpoint import checkpoints, load_checkpoint, newest_valid
-from asarm.train.config import MaskingConfig, ObjectiveConfig, OptimizerConfig, TrainConfig, ValidationConfig
+from asarm.train.checkpoint import checkpoints, load_checkpoint
+from asarm.train.config import ObjectiveConfig, ValidationConfig
 from asarm.train.loop import train
-
-NO_DROPOUT = {"d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 16, "dropout": 0.0}
-SENTENCES = ["The cat sat on the mat.", "A dog ran to the park.", "The sun was warm.", "She gave him a red apple."]
-
-
-def write_text(path: Path) -> Path:
-    path.write_text("".join(json.dumps({"text": " ".join(SENTENCES[i % 4 :])}) + "\n" for i in range(40)))
-    return path
-
-
-@pytest.fixture
-def text_file(tmp_path):
-    return write_text(tmp_path / "text.jsonl")
-
-
-def small_run(text_file, out, steps=12, **changes) -> TrainConfig:
-    optimizer = {
-        "lr": 3e-3,
-        "steps": steps,
-        "warmup_steps": 3,
-        "rows_per_step": 4,
-        "rows_per_pass": 2,
-        "precision": "fp32",
-    }
-    return TrainConfig(
-        output_dir=str(out),
-        tokenizer="tiny-english",
-        architecture=changes.pop("architecture", NO_DROPOUT | {"dropout": 0.1}),
-        data=DataConfig(files=[str(text_file)], max_length=16),
-        masking=MaskingConfig(0.15, 0.15, 0.3, 0.9, warmup_steps=4),
-        optimizer=OptimizerConfig(**optimizer | changes.pop("optimizer", {})),
-        checkpoint_every=changes.pop("checkpoint_every", 5),
-        log_every=1,
-        **changes,
-    )
-
-
-def losses(out) -> list[float]:
-    return [json.loads(line)["loss"] for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_training_learns_and_the_final_checkpoint_loads(text_file, tmp_path):
@@ -97,57 +52,6 @@ def test_precision_is_that_of_the_device_unless_it_is_named(monkeypatch):
         assert trainer.precision_on(cpu, "fp32") == "fp32"
     with pytest.warns(UserWarning, match="this cpu emulates bfloat16.*use optimizer.precision auto or fp32"):
         assert trainer.precision_on(cpu, "bf16") == "bf16"
-
-
-def stop_before(step: int, monkeypatch) -> None:
-    """Let the next run end as if it were interrupted when a step begins."""
-    original = loop.make_batch
-
-    def interrupted(rows_BN, indices, now, *arguments):
-        if now == step:
-            monkeypatch.setattr(loop, "make_batch", original)
-            raise KeyboardInterrupt
-        return original(rows_BN, indices, now, *arguments)
-
-    monkeypatch.setattr(loop, "make_batch", interrupted)
-
-
-@pytest.mark.parametrize("stop_at", [2, 8])  # before the first checkpoint and after it
-def test_resume_equals_an_uninterrupted_run_bit_for_bit(text_file, tmp_path, monkeypatch, stop_at):
-    """Dropout is on, and weights are averaged."""
-    changes = {"optimizer": {"ema_decay": 0.8}}
-    whole = train(small_run(text_file, tmp_path / "whole", **changes))
-    config = small_run(text_file, tmp_path / "parts", resume="auto", **changes)
-    stop_before(stop_at, monkeypatch)
-    with pytest.raises(KeyboardInterrupt):
-        train(config)
-    parts = train(config)
-    first, second = (load_file(folder / "model.safetensors") for folder in (whole, parts))
-    assert all(torch.equal(first[key], second[key]) for key in first)
-    assert losses(tmp_path / "parts") == losses(tmp_path / "whole"), "steps that were run again are logged once"
-
-
-@pytest.mark.slow
-def test_five_kills_in_one_run_leave_whole_checkpoints_and_the_same_weights(text_file, tmp_path):
-    words = ("--optimizer.steps", "120", "--checkpoint_every", "2", "--log_every", "1", "--resume", "auto")
-    assert subprocess.run(train_command(text_file, tmp_path / "whole", *words), check=False).returncode == 0
-    command, folder = train_command(text_file, tmp_path / "run", *words), tmp_path / "run" / "checkpoints"
-    rng, log = np.random.default_rng(0), tmp_path / "run" / "metrics.jsonl"
-    for kill in range(5):
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-        target = kill * 20 + int(rng.integers(5, 20))
-        while process.poll() is None and not (log.exists() and log.read_bytes().count(b"\n") >= target):
-            time.sleep(0.001)
-        process.kill()
-        assert process.wait() == -signal.SIGKILL
-        for path in checkpoints(folder):
-            assert newest_valid(folder) == checkpoints(folder)[-1], "no warning: none is damaged"
-            assert load_checkpoint(path)["step"] == int(path.name.removeprefix("step-"))
-    assert subprocess.run(command, check=False, stderr=subprocess.DEVNULL).returncode == 0
-    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
-    first, second = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("whole", "run"))
-    assert all(torch.equal(first[key], second[key]) for key in first)
-    assert sorted(folder.iterdir()) == checkpoints(folder), "nothing half-written is left"
 
 
 def test_fine_tuning_starts_from_the_given_weights(text_file, tmp_path):
@@ -195,14 +99,6 @@ def test_fine_tuning_starts_from_the_given_weights(text_file, tmp_path):
 def test_errors_before_the_first_step(text_file, tmp_path, change, error, message):
     with pytest.raises(error, match=message):
         train(change(small_run(text_file, tmp_path / "run")))
-
-
-def test_resuming_with_other_settings_names_them(text_file, tmp_path):
-    train(small_run(text_file, tmp_path / "run", steps=5))
-    other = small_run(text_file, tmp_path / "run", steps=9, resume="auto", optimizer={"lr": 1.0})
-    with pytest.raises(ConfigError, match=r"optimizer.lr: 0.003 there, 1.0 now, optimizer.steps: 5 there, 9 now\)"):
-        train(other)
-    train(small_run(text_file, tmp_path / "run", steps=5, resume="must", optimizer={"rows_per_pass": 4}))
 
 
 def test_no_room_for_the_checkpoints_is_an_error_before_the_first_step(text_file, tmp_path, monkeypatch):
@@ -293,57 +189,3 @@ def test_wandb_offline(text_file, tmp_path, monkeypatch):
     while b"masking_low" not in log.read_bytes():  # written by a process of wandb's own
         assert time.monotonic() < deadline
         time.sleep(0.1)
-
-
-def train_command(text_file, out, *words) -> list[str]:
-    """A small run as a process."""
-    architecture = '{"d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 16, "dropout": 0.1}'
-    command = ["--output_dir", str(out), "--tokenizer", "tiny-english", "--architecture", architecture]
-    command += ["--data.files", f"['{text_file}']", "--data.max_length", "16", "--num_threads", "1"]
-    command += ["--optimizer.rows_per_step", "2", "--optimizer.rows_per_pass", "2", *words]
-    return [sys.executable, "-m", "asarm", "train", *command]
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_stop_signal_saves_and_asks_for_another_start(text_file, tmp_path, number):
-    words = ("--optimizer.steps", "100000", "--checkpoint_every", "100000", "--log_every", "1", "--resume", "auto")
-    process = subprocess.Popen(train_command(text_file, tmp_path / "run", *words), stderr=subprocess.PIPE, text=True)
-    while not (tmp_path / "run" / "metrics.jsonl").exists() and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == EXIT_STOPPED == 75, errors
-    assert f"stopped by {number.name} after step" in errors and "Traceback" not in errors
-    (saved,) = checkpoints(tmp_path / "run" / "checkpoints")
-    assert torch.load(saved / "state.pt", weights_only=True)["step"] == len(losses(tmp_path / "run"))
-
-
-def damage(checkpoint: Path, how: str) -> None:
-    data = bytearray((checkpoint / "state.pt").read_bytes())
-    if how == "cut short":
-        data = data[: len(data) // 2]
-    else:
-        data[len(data) // 2] ^= 255
-    (checkpoint / "state.pt").write_bytes(data)
-
-
-@pytest.mark.parametrize("how", ["cut short", "one byte changed"])
-def test_a_damaged_checkpoint_is_skipped_with_a_warning(text_file, tmp_path, how):
-    whole = small_run(text_file, tmp_path / "run")
-    before = load_file(train(whole) / "model.safetensors")
-    older, newer = checkpoints(tmp_path / "run" / "checkpoints")
-    damage(newer, how)
-    with pytest.warns(UserWarning, match=f"damaged checkpoint {newer}"):
-        after = load_file(train(replace(whole, resume="auto")) / "model.safetensors")
-    assert all(torch.equal(before[key], after[key]) for key in before), "steps 11 and 12 were run again"
-    for path in (older, newer):
-        damage(path, how)
-    with pytest.raises(OutputDirError, match="can be read"), pytest.warns(UserWarning, match="damaged"):
-        train(replace(whole, resume="auto"))
-
-
-def test_resume_auto_begins_where_there_is_nothing_and_must_refuses(text_file, tmp_path):
-    with pytest.raises(OutputDirError, match="holds no checkpoint to go on from"):
-        train(small_run(text_file, tmp_path / "run", steps=2, resume="must"))
-    train(small_run(text_file, tmp_path / "run", steps=2, resume="auto"))
-    assert len(losses(tmp_path / "run")) == 2
