@@ -157,5 +157,6 @@ class DataConfig:
 
     def require_source(self) -> None:
         """Raise :class:`~asarm.errors.ConfigError` unless there is something to read, from one place."""
-        given = (self.files, self.dataset)
-        require(bool(self.files) != bool(self.dataset), "data.files, data.dataset", given, "one of the two")
+        if bool(self.files) == bool(self.dataset):
+            what = "both" if self.files else "nothing"
+            raise ConfigError(f"training reads its text from data.files or from data.dataset, and {what} is given")

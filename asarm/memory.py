@@ -1,5 +1,6 @@
 """Will it fit? Asked before long work starts."""
 
+import math
 from pathlib import Path
 
 import psutil
@@ -10,7 +11,9 @@ from .model import AnySubsetLM
 
 SCORE_COPIES = 8  # float32 [rows, slots] arrays per head alive at the peak of an attention call, as measured
 TRAINED_ROWS = 256  # how many [rows, vocabulary] logits a training pass holds at a time
-KEPT_SCORE_BYTES = 16  # bytes a layer keeps of each head's [rows, slots] scores for the backward pass, as measured
+# bytes that a layer keeps for the backward pass, with dropout: a row's for each of d_model and of d_inner, a score's
+KEPT_MODEL, KEPT_INNER, KEPT_SCORE = 40, 9, 5
+STATE_BYTES = 16  # a parameter's gradient, two moments, and a copy (in bfloat16, or averaged)
 
 
 def call_bytes(model: AnySubsetLM, batch: int, length: int, n_rows: int, n_projected: int) -> int:
@@ -25,27 +28,34 @@ def call_bytes(model: AnySubsetLM, batch: int, length: int, n_rows: int, n_proje
     return cache + relative + hidden + max(scores, logits)  # attention is over when the projection begins
 
 
-def training_bytes(model: AnySubsetLM, batch: int, length: int) -> int:
-    """Upper estimate of the memory of a training pass over ``batch`` rows with nearly all tokens masked, in bfloat16
-    or float32.
+def training_bytes(model: AnySubsetLM, batch: int, length: int, masked: float = 1.0, n_shards: int = 1) -> int:
+    """Upper estimate of what a training pass over ``batch`` rows of which a share ``masked`` is predicted needs besides
+    the weights, in bfloat16 or float32; gradients and optimiser state are dealt out to ``n_shards`` processes.
 
-    Every layer keeps its activations for the backward pass; weights, gradients and optimiser state are added.
+    Every layer keeps its activations for the backward pass, or with ``model.recompute`` its input alone; of one layer
+    there are gradients as well.
     """
-    c, n_rows = model.config, 2 * length
-    scores = batch * n_rows * length * c.n_layer * KEPT_SCORE_BYTES * c.n_head
-    hidden = batch * n_rows * c.n_layer * (16 * c.d_model + 4 * c.d_inner) * 4
+    c, n_rows = model.config, math.ceil((1 + masked) * batch * length)
+    of_a_layer = n_rows * (KEPT_MODEL * c.d_model + KEPT_INNER * c.d_inner + KEPT_SCORE * c.n_head * length)
+    inputs = n_rows * c.n_layer * c.d_model * 4
+    kept = inputs + of_a_layer if model.recompute else c.n_layer * of_a_layer
     logits = min(batch * length, TRAINED_ROWS) * c.vocab_size * 14
-    weights = sum(p.numel() for p in model.parameters()) * 4 * 4
-    return scores + hidden + logits + weights
+    return kept + of_a_layer + logits + model.num_parameters() * STATE_BYTES // n_shards
 
 
-def require_memory(model: AnySubsetLM, batch: int, length: int, need: int) -> None:
+def require_memory(
+    model: AnySubsetLM,
+    batch: int,
+    length: int,
+    need: int,
+    remedy: str = "shorten the sequences or use a smaller batch",
+) -> None:
     """Raise :class:`MemoryBudgetError` where ``need`` bytes are more than is free."""
     free = free_bytes(model.device)
     if need > free:
         raise MemoryBudgetError(
             f"{batch} sequence(s) of {length} tokens need about {need / 2**30:.1f} GiB and "
-            f"{free / 2**30:.1f} GiB is free; shorten the sequences or use a smaller batch"
+            f"{free / 2**30:.1f} GiB is free; {remedy}"
         )
 
 

@@ -20,6 +20,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 
 from .attention import RelativeAttention, Sight, relative_encoding
+from .config import require
 from .dropout import dropout
 from .embedded import embedded_models, resolve_model
 from .errors import CheckpointMismatchError, ConfigError, ModelNotFoundError, reason
@@ -110,6 +111,13 @@ class AnySubsetLM(PreTrainedModel):
                 "an any-subset model needs attn_type 'bi' and bi_data false, "
                 f"got {config.attn_type!r} and {config.bi_data}"
             )
+        for ok, field, rule in (
+            (config.n_layer >= 1, "n_layer", "at least 1"),
+            (config.d_model % 2 == 0, "d_model", "even"),
+            (0 <= config.dropout < 1, "dropout", "in [0, 1)"),
+            (config.ff_activation in ACT2FN, "ff_activation", f"one of {', '.join(ACT2FN)}"),
+        ):
+            require(ok, field, getattr(config, field), rule)
         super().__init__(config)
         self.recompute = False  # layers in the backward pass, instead of keeping their activations
         self.transformer = Trunk(config)

@@ -20,7 +20,8 @@ def pass_on(signum: int, frame: object) -> None:
 
 def main() -> int:
     """Run on every node with the same arguments: Slurm tells which of the nodes this is."""
-    os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGINT,SIGHUP,SIGQUIT"  # torchrun's own reaction would hide the exit status
+    os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGHUP,SIGQUIT"  # torchrun's own reaction would hide the exit status
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # its processes too: the launcher makes Ctrl-C a SIGTERM
     signal.signal(signal.SIGUSR1, pass_on)
     signal.signal(signal.SIGTERM, pass_on)
     arguments = ["--machine_rank", os.environ.get("SLURM_NODEID", "0"), *sys.argv[1:]]

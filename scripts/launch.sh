@@ -8,6 +8,7 @@
 
 asarm_launch() {
     local root status=0
+    trap 'asarm_requeue; exit 138' USR1 # until there is a process to pass it on to
     root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
     # shellcheck disable=SC1091
     source "$root/scripts/setup.sh"
@@ -33,7 +34,8 @@ asarm_command() {
     fi
     ASARM_COMMAND=(python "$root/scripts/accelerate_launch.py" --multi_gpu --mixed_precision no --dynamo_backend no
         --num_machines "$nodes" --num_processes $((nodes * processes))
-        --main_process_ip "$address" --main_process_port "$port" -m asarm "$@")
+        --main_process_ip "$address" --main_process_port "$port" --gpu_ids all
+        --num_cpu_threads_per_process "$(asarm_threads "$processes")" -m asarm "$@")
     # once one node's processes have ended, the others have a minute to end too
     [ "$nodes" -eq 1 ] || ASARM_COMMAND=(srun --nodes="$nodes" --ntasks="$nodes" --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --wait=60
         "${ASARM_COMMAND[@]}")
@@ -46,6 +48,12 @@ asarm_gpus() {
         gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
     fi
     echo $((gpus > 1 ? gpus : 1))
+}
+
+# The CPU threads of each of so many processes on a node: left alone, accelerate gives them one.
+asarm_threads() {
+    local threads=$((${SLURM_CPUS_PER_TASK:-$(nproc)} / $1))
+    echo $((threads > 1 ? threads : 1))
 }
 
 # Run ASARM_COMMAND, passing signals on to it; the status is its own.

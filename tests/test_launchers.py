@@ -176,6 +176,19 @@ def test_no_other_end_is_requeued_but_that_by_usr1_before_the_first_step(machine
     assert status == int(end) and calls.count("scontrol requeue 7") == requeued
 
 
+def test_usr1_while_the_environment_is_set_up_requeues(machine):
+    """Nothing runs yet that could answer it."""
+    (Path(machine.path.split(":")[0]) / "nvidia-smi").symlink_to("/bin/true")  # then Python is asked to count GPUs
+    process = machine.start(ASARM_PROCESSES="", SLURM_JOB_ID="7", STATE="RUNNING")
+    while "-c import torch" not in machine.calls.read_text():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGUSR1)
+    subprocess.run(["pkill", "-P", str(process.pid)], check=False)  # the count ends
+    process.communicate(timeout=60)
+    assert process.returncode == 138 and "scontrol requeue 7" in machine.calls.read_text()
+
+
 def test_only_a_restarted_training_job_resumes(machine):
     assert machine.run("--seed", "1", SLURM_RESTART_COUNT="0")[1][-1] == "-m asarm train --seed 1"
     assert machine.run("--seed", "1", SLURM_RESTART_COUNT="2")[1][-1] == "-m asarm train --seed 1 --resume auto"
@@ -191,6 +204,7 @@ def test_several_nodes_meet_at_the_first(machine):
     srun, launch = calls[-2:]
     assert srun.startswith("srun --nodes=2 --ntasks=2 --cpus-per-task=8 ") and srun.endswith(launch)
     assert "--num_machines 2 --num_processes 8 --main_process_ip first --main_process_port 22345 " in launch
+    assert "--num_cpu_threads_per_process 2 " in launch, "eight for four processes"
     assert launch.endswith(" -m asarm train --seed 1")
 
 
@@ -212,15 +226,16 @@ while True:
 """
 
 
-@pytest.mark.parametrize(("what", "status"), [("USR1", 75), ("fail", 3), ("kill", 128 + signal.SIGKILL)])
+@pytest.mark.parametrize(("what", "status"), [("USR1", 75), ("INT", 9), ("fail", 3), ("kill", 128 + signal.SIGKILL)])
 def test_accelerate_launch_passes_signals_on_and_gives_the_status_back(tmp_path, what, status):
-    """With two real processes; one that fails or is killed ends the other."""
+    """With two real processes; one that fails or is killed ends the other. Ctrl-C reaches every process of the
+    terminal, which is nothing to them: the launcher sends a SIGTERM after it."""
     (tmp_path / "worker.py").write_text(WORKER)
     command = [sys.executable, str(ROOT / "scripts" / "accelerate_launch.py"), "--multi_gpu", "--num_machines", "1"]
     command += ["--num_processes", "2", "--mixed_precision", "no", "--dynamo_backend", "no"]
     command += ["--main_process_ip", "127.0.0.1", "--main_process_port", "0", "-m", "worker"]
     env = environment(PYTHONPATH=str(tmp_path))
-    process = subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True, process_group=0)
     for rank in range(2):
         while not (tmp_path / f"ready-{rank}-of-2").exists():
             assert process.poll() is None, process.stderr.read()
@@ -228,6 +243,10 @@ def test_accelerate_launch_passes_signals_on_and_gives_the_status_back(tmp_path,
     workers = [child.pid for child in psutil.Process(process.pid).children()]
     if what == "USR1":
         process.send_signal(signal.SIGUSR1)
+    elif what == "INT":
+        os.killpg(process.pid, signal.SIGINT)
+        time.sleep(1)
+        process.send_signal(signal.SIGTERM)
     elif what == "kill":
         os.kill(workers[0], signal.SIGKILL)
     else:

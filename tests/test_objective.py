@@ -55,13 +55,17 @@ def test_loss_and_gradient_equal_a_slow_loop_however_the_batch_is_split(rows_per
         assert torch.allclose(gradient, split[name], atol=1e-5), name
 
 
-def test_gradient_checkpointing_changes_nothing():
+def test_gradient_checkpointing_computes_layers_again_and_changes_nothing():
     batch, model = some_batch(), make_model(vocab_size=100, mask_token_id=6, spread=0.1, dropout=0.1).train()
-    objective, results = Objective(model, ObjectiveConfig()), []
+    objective, results, calls = Objective(model, ObjectiveConfig()), [], []
+    for layer in model.transformer.layer:
+        layer.register_forward_pre_hook(lambda *_: calls.append(1))
     for enable in (False, True):
         model.recompute = enable
         torch.manual_seed(0)
+        calls.clear()
         results.append(gradients(objective, [batch]))
+        assert len(calls) == len(model.transformer.layer) * (1 + enable)
     (plain, plain_grads), (checkpointed, grads) = results
     assert plain == checkpointed
     assert all(torch.equal(plain_grads[name], grads[name]) for name in plain_grads)

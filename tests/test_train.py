@@ -10,9 +10,9 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from training_runs import NO_DROPOUT, losses, small_run
+from training_runs import NO_DROPOUT, losses, natively_bfloat16, small_run
 
-from asarm import AnySubsetLM, TextTokenizer, engine
+from asarm import AnySubsetLM, TextTokenizer
 from asarm.errors import (
     CheckpointMismatchError,
     ConfigError,
@@ -24,7 +24,7 @@ from asarm.errors import (
 )
 from asarm.evals.config import ScoreConfig
 from asarm.evals.likelihood import held_out_likelihood
-from asarm.train import loop, trainer
+from asarm.train import loop, start
 from asarm.train.checkpoint import checkpoints, load_checkpoint
 from asarm.train.config import ObjectiveConfig, ValidationConfig
 from asarm.train.loop import train
@@ -46,12 +46,11 @@ def test_training_learns_and_the_final_checkpoint_loads(text_file, tmp_path):
 def test_precision_is_that_of_the_device_unless_it_is_named(monkeypatch):
     cpu = torch.device("cpu")
     for native, precision in ((True, "bf16"), (False, "fp32")):
-        for module in (engine, trainer):
-            monkeypatch.setattr(module, "multiplies_bfloat16", lambda device, native=native: native)
-        assert trainer.precision_on(cpu, "auto") == precision
-        assert trainer.precision_on(cpu, "fp32") == "fp32"
-    with pytest.warns(UserWarning, match="this cpu emulates bfloat16.*use optimizer.precision auto or fp32"):
-        assert trainer.precision_on(cpu, "bf16") == "bf16"
+        natively_bfloat16(native, monkeypatch)
+        assert start.precision_on(cpu, "auto") == precision
+        assert start.precision_on(cpu, "fp32") == "fp32"
+    with pytest.warns(UserWarning, match="this cpu emulates bfloat16.*use optimizer.precision fp32"):
+        assert start.precision_on(cpu, "bf16") == "bf16"
 
 
 def test_fine_tuning_starts_from_the_given_weights(text_file, tmp_path):
@@ -66,7 +65,11 @@ def test_fine_tuning_starts_from_the_given_weights(text_file, tmp_path):
     [
         (lambda c: replace(c, model="tiny-english"), ConfigError, "remove the architecture"),
         (lambda c: replace(c, architecture={}), ConfigError, "needs a model to start from"),
-        (lambda c: replace(c, data=replace(c.data, files=[])), ConfigError, "data.files"),
+        (
+            lambda c: replace(c, data=replace(c.data, files=[])),
+            ConfigError,
+            "data.files or .*data.dataset, and nothing",
+        ),
         (lambda c: replace(c, data=replace(c.data, files=["nowhere.txt"])), DataFileError, "nowhere.txt"),
         (lambda c: replace(c, output_dir="/proc/asarm"), OutputDirError, "/proc/asarm"),
         (
@@ -88,6 +91,13 @@ def test_fine_tuning_starts_from_the_given_weights(text_file, tmp_path):
         (lambda c: replace(c, resume="yes"), ConfigError, "never, auto, must, got 'yes'"),
         (lambda c: replace(c, fsdp=True, optimizer=replace(c.optimizer, ema_decay=0.9)), ConfigError, "with fsdp"),
         (lambda c: replace(c, architecture={"d_modle": 64}), ConfigError, "d_modle"),
+        (lambda c: replace(c, architecture={"dropout": 1.5}), ConfigError, r"dropout must be in \[0, 1\), got 1.5"),
+        (lambda c: replace(c, architecture={"n_layer": 0}), ConfigError, "n_layer must be at least 1, got 0"),
+        (lambda c: replace(c, architecture={"d_model": 15, "n_head": 1}), ConfigError, "d_model must be even, got 15"),
+        (lambda c: replace(c, architecture={"ff_activation": "gleu"}), ConfigError, "one of .*gelu.*, got 'gleu'"),
+        (lambda c: replace(c, optimizer=replace(c.optimizer, beta2=1.5)), ConfigError, "optimizer.beta2.*got 1.5"),
+        (lambda c: replace(c, num_threads=0), ConfigError, "num_threads must be at least 1, got 0"),
+        (lambda c: replace(c, validation=ValidationConfig(judge="gpt2")), ConfigError, "validation.file.*with a judge"),
         (lambda c: replace(c, architecture={"d_model": 30, "n_head": 4}), ConfigError, "n_head"),
         (lambda c: replace(c, architecture={"vocab_size": 100}), CheckpointMismatchError, "8192 pieces"),
         (lambda c: replace(c, log_every=0), ConfigError, "log_every"),
@@ -177,7 +187,9 @@ def test_the_average_of_the_weights_is_what_is_kept(text_file, tmp_path):
 def test_compiled_layers_train_the_same(text_file, tmp_path):
     runs = [small_run(text_file, tmp_path / str(c), steps=3, compile=c, architecture=NO_DROPOUT) for c in (False, True)]
     for run in runs:
+        torch._dynamo.utils.counters.clear()
         train(run)
+        assert (torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0) == run.compile
     assert losses(tmp_path / "True") == pytest.approx(losses(tmp_path / "False"), rel=1e-4)
 
 

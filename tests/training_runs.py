@@ -4,8 +4,9 @@ import json
 import sys
 from pathlib import Path
 
+from asarm import engine
 from asarm.config import DataConfig
-from asarm.train import loop
+from asarm.train import loop, start
 from asarm.train.config import MaskingConfig, OptimizerConfig, TrainConfig
 
 NO_DROPOUT = {"d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 16, "dropout": 0.0}
@@ -30,7 +31,14 @@ def small_run(text_file, out, steps=12, **changes) -> TrainConfig:
         output_dir=str(out),
         tokenizer="tiny-english",
         architecture=changes.pop("architecture", NO_DROPOUT | {"dropout": 0.1}),
-        data=DataConfig(files=[str(text_file)], max_length=16),
+        data=DataConfig(
+            files=[str(text_file)],
+            max_length=16,
+            streaming=changes.pop("streaming", False),
+            streams=2,
+            shuffle_buffer=4,
+            num_workers=0,
+        ),
         masking=MaskingConfig(0.15, 0.15, 0.3, 0.9, warmup_steps=4),
         optimizer=OptimizerConfig(**optimizer | changes.pop("optimizer", {})),
         checkpoint_every=changes.pop("checkpoint_every", 5),
@@ -63,3 +71,8 @@ def train_command(text_file, out, *words) -> list[str]:
     command += ["--data.files", f"['{text_file}']", "--data.max_length", "16", "--num_threads", "1"]
     command += ["--optimizer.rows_per_step", "2", "--optimizer.rows_per_pass", "2", *words]
     return [sys.executable, "-m", "asarm", "train", *command]
+
+
+def natively_bfloat16(native: bool, monkeypatch) -> None:
+    for module in (engine, start):
+        monkeypatch.setattr(module, "multiplies_bfloat16", lambda device: native)

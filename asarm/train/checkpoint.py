@@ -4,6 +4,8 @@ import os
 import re
 import shutil
 import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from zipfile import BadZipFile, ZipFile
 
@@ -12,38 +14,59 @@ import torch
 from ..errors import ConfigError, DiskSpaceError, OutputDirError, reason
 
 STEP_DIR = re.compile(r"step-(\d+)$")
-# settings that may differ when a run goes on: they change what is written, or how fast, not what is computed
+# settings that may differ when a run goes on: they change what is written, how fast, or the rounding, but not the task
+# (rows_per_pass also changes which numbers dropout draws)
 FREE_KEYS = (
     *("output_dir", "resume", "num_threads", "checkpoint_every", "keep_checkpoints", "log_every", "wandb"),
-    *("validation", "held_out", "fsdp", "compile", "gradient_checkpointing"),
+    *("validation", "held_out", "fsdp", "compile", "gradient_checkpointing", "may_change"),
     *("optimizer.rows_per_pass", "optimizer.max_skipped_steps", "data.num_workers"),
 )
 
 
+PARTS = ("step", "model", "optimizer", "average", "data", "skipped", "config")  # of a checkpoint's state
+
+
 def save_checkpoint(folder: Path, state: dict, keep: int) -> Path:
-    """Write ``folder/step-NNNNNNN`` under another name and rename it when it is complete; all but the ``keep`` newest
-    are removed."""
-    name = f"step-{state['step']:07d}"
-    final, partial = folder / name, folder / f".partial-{name}"
+    """Write ``folder/step-NNNNNNN``; all but the ``keep`` newest are removed.
+
+    Raises :class:`OutputDirError` where it cannot be written; those before it are still there.
+    """
+    final = folder / f"step-{state['step']:07d}"
     for unfinished in folder.glob(".*-step-*"):  # as a kill leaves it
         shutil.rmtree(unfinished)
-    partial.mkdir(parents=True)
-    with open(partial / "state.pt", "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    if final.exists():
-        _remove(final)
-    os.replace(partial, final)
+    try:
+        with whole_folder(final) as partial, open(partial / "state.pt", "wb") as file:
+            torch.save(state, file)
+    except (OSError, RuntimeError) as error:  # torch's own, where the disk is full
+        raise OutputDirError(
+            f"cannot write the checkpoint {final}: {reason(error)}; make room and go on with --resume auto"
+        ) from error
     for old in checkpoints(folder)[:-keep]:
         _remove(old)
     return final
 
 
-def _remove(checkpoint: Path) -> None:
-    """Remove a checkpoint, which has no longer its name while only a part of it is there."""
-    removed = checkpoint.with_name(f".removed-{checkpoint.name}")
-    os.replace(checkpoint, removed)
+@contextmanager
+def whole_folder(final: Path) -> Iterator[Path]:
+    """A folder to fill, which takes the name ``final``, and the place of what had it, when it is complete and on the
+    disk."""
+    partial = final.with_name(f".partial-{final.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    for path in partial.rglob("*"):
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    if final.exists():
+        _remove(final)
+    os.replace(partial, final)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder, which has no longer its name while only a part of it is there."""
+    removed = folder.with_name(f".removed-{folder.name}")
+    shutil.rmtree(removed, ignore_errors=True)
+    os.replace(folder, removed)
     shutil.rmtree(removed)
 
 
@@ -71,13 +94,17 @@ def newest_valid(folder: Path) -> Path | None:
     return None
 
 
-def load_checkpoint(path: Path) -> dict:
-    return torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+def load_checkpoint(path: Path, mmap: bool = False) -> dict:
+    """Its state; with ``mmap`` tensors are read from the disk only where they are looked at."""
+    state = torch.load(path / "state.pt", map_location="cpu", weights_only=True, mmap=mmap)
+    if missing := [part for part in PARTS if part not in state]:
+        raise OutputDirError(f"{path} is no checkpoint of a training run: it has no {', '.join(missing)}")
+    return state
 
 
 def require_disk_space(folder: Path, state_bytes: int, keep: int) -> None:
     """Raise :class:`DiskSpaceError` where ``keep`` checkpoints and the one being written would not fit."""
-    present = sum((path / "state.pt").stat().st_size for path in checkpoints(folder))
+    present = sum(file.stat().st_size for path in checkpoints(folder) for file in path.glob("state.pt"))
     need, free = (keep + 1) * state_bytes - present, shutil.disk_usage(folder.parent).free
     if need > free:
         raise DiskSpaceError(
@@ -86,15 +113,18 @@ def require_disk_space(folder: Path, state_bytes: int, keep: int) -> None:
         )
 
 
-def require_same_settings(out: Path, there: dict, now: dict) -> None:
-    """Raise :class:`ConfigError` that names each setting that a run cannot change."""
+def require_same_settings(out: Path, there: dict, now: dict, may_change: Sequence[str] = ()) -> None:
+    """Raise :class:`ConfigError` that names each setting that a run cannot change, unless it ``may_change``."""
     there, now = _flat(there), _flat(now)
-    keys = [k for k in sorted({*there, *now}) if not any(k == free or k.startswith(f"{free}.") for free in FREE_KEYS)]
+    if unknown := sorted(set(may_change) - {*there, *now}):
+        raise ConfigError(f"may_change names {unknown}, which are no settings; name them as in optimizer.lr")
+    free_keys = (*FREE_KEYS, *may_change)
+    keys = [k for k in sorted({*there, *now}) if not any(k == free or k.startswith(f"{free}.") for free in free_keys)]
     changed = [f"{k}: {there.get(k)!r} there, {now.get(k)!r} now" for k in keys if there.get(k) != now.get(k)]
     if changed:
         raise ConfigError(
-            f"{out} was trained with other settings ({', '.join(changed)}); restore them, or choose another "
-            "--output_dir"
+            f"{out} was trained with other settings ({', '.join(changed)}); restore them, choose another --output_dir, "
+            "or say with --may_change which of them the run may change from here on"
         )
 
 

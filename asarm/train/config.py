@@ -109,6 +109,9 @@ class OptimizerConfig:
         require(self.rows_per_pass >= 1, "optimizer.rows_per_pass", self.rows_per_pass, "at least 1")
         self.require_divides(1)
         require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "0 or more")
+        for name in ("beta1", "beta2"):
+            require(0 <= getattr(self, name) < 1, f"optimizer.{name}", getattr(self, name), "in [0, 1)")
+        require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
         require(self.grad_clip > 0, "optimizer.grad_clip", self.grad_clip, "above 0")
         require(self.precision in PRECISIONS, "optimizer.precision", self.precision, f"one of {', '.join(PRECISIONS)}")
         require(self.ema_decay is None or 0 < self.ema_decay < 1, "optimizer.ema_decay", self.ema_decay, "in (0, 1)")
@@ -158,6 +161,7 @@ class ValidationConfig:
         for fraction in (*self.masked_fractions, self.generation_masked_fraction):
             require(0 < fraction <= 1, "validation: a masked fraction", fraction, "in (0, 1]")
         require(self.seed >= 0, "validation.seed", self.seed, "0 or more")
+        require(self.judge is None or self.file is not None, "validation.file", self.file, "given with a judge")
 
 
 def require_run_settings(config) -> None:
@@ -165,6 +169,7 @@ def require_run_settings(config) -> None:
     require(config.seed >= 0, "seed", config.seed, "0 or more")
     for name in ("checkpoint_every", "keep_checkpoints", "log_every"):
         require(getattr(config, name) >= 1, name, getattr(config, name), "at least 1")
+    require(config.num_threads is None or config.num_threads >= 1, "num_threads", config.num_threads, "at least 1")
     require(config.resume in RESUME, "resume", config.resume, f"one of {', '.join(RESUME)}")
     config.data.require_source()
 
@@ -189,6 +194,8 @@ class TrainConfig:
         seed: of weights, rows and orders.
         resume: never, auto (the option without a value: go on from the newest valid checkpoint in output_dir, begin
             where there is none) or must.
+        may_change: settings, as in optimizer.lr, that a resumed run may change from here on; others of those that
+            decide what is computed are refused.
         checkpoint_every: steps between checkpoints.
         keep_checkpoints: newest checkpoints that are kept.
         log_every: steps between lines of metrics.jsonl.
@@ -212,6 +219,7 @@ class TrainConfig:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     seed: int = 0
     resume: str = field(default="never", metadata={"bare": "auto"})
+    may_change: list[str] = field(default_factory=list)
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
     log_every: int = 10

@@ -30,7 +30,8 @@ from ..tokenizer import TextTokenizer
 from .config import ObjectiveConfig
 from .head_config import HeldOutConfig, TrainHeadConfig, WindowConfig
 from .objective import Batch, make_batch
-from .trainer import HELD_OUT, Trainer, start_processes
+from .start import require_room, start
+from .trainer import HELD_OUT, Trainer
 
 NEVER = -1e4  # a banned token's logit: probability zero, and differences of log-probabilities stay finite
 
@@ -175,18 +176,20 @@ def require_memory_for_head(model: AnySubsetLM, config: TrainHeadConfig) -> None
 
 def train_draft_head(config: TrainHeadConfig) -> Path:
     """Run (or, with ``resume``, go on with) a training run; returns the folder that holds ``draft_head/``."""
-    config, accelerator, out = start_processes(config)
+    run = start(config)
+    config, accelerator = run.config, run.accelerator
     model, tokenizer = load(config.model, config.revision, config.tokenizer, whitespace_map=config.whitespace_map)
     model.to(accelerator.device).requires_grad_(False)
     require_memory_for_head(model, config)
-    held_out = held_out_rows(config.held_out, tokenizer, config.data.max_length)
-    rows = open_rows(config.data, tokenizer, config.seed, accelerator.process_index, accelerator.num_processes)
     torch.manual_seed(config.seed)
     head = DraftHead.for_trunk(model, **asdict(config.head)).train()
     self_draft = copy.deepcopy(head).eval()
     if config.start_from is not None:
         head.start_from(config.start_from)
-    trainer = Trainer(config, accelerator, out, head, rows)
+    require_room(run, head)
+    held_out = held_out_rows(config.held_out, tokenizer, config.data.max_length)
+    rows = open_rows(config.data, tokenizer, config.seed, accelerator.process_index, accelerator.num_processes)
+    trainer = Trainer(run, head, rows)
     o, k, per_row = config.optimizer, config.windows.k, config.windows.per_row
 
     def compute(step: int, rows_and_indices: tuple) -> dict[str, float]:
@@ -218,8 +221,4 @@ def train_draft_head(config: TrainHeadConfig) -> Path:
     if trainer.start == 0:
         measure(0)
     trainer.run(compute, measure)
-    if accelerator.is_main_process:
-        trainer.trained.eval().save_pretrained(out / "final")
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
-    return out / "final"
+    return trainer.finish(lambda final: trainer.trained.eval().save_pretrained(final))

@@ -91,6 +91,7 @@ class TrainHeadConfig:
         seed: of weights, rows, orders and windows.
         resume: never, auto (the option without a value: go on from the newest valid checkpoint in output_dir, begin
             where there is none) or must.
+        may_change: settings, as in optimizer.lr, that a resumed run may change from here on.
         checkpoint_every: steps between checkpoints.
         keep_checkpoints: newest checkpoints that are kept.
         log_every: steps between lines of metrics.jsonl.
@@ -112,6 +113,7 @@ class TrainHeadConfig:
     held_out: HeldOutConfig = field(default_factory=HeldOutConfig)
     seed: int = 0
     resume: str = field(default="never", metadata={"bare": "auto"})
+    may_change: list[str] = field(default_factory=list)
     checkpoint_every: int = 100
     keep_checkpoints: int = 2
     log_every: int = 10

@@ -14,7 +14,8 @@ from ..memory import require_memory, training_bytes
 from ..model import AnySubsetLM
 from .config import TrainConfig
 from .objective import Batch, Objective, make_batch
-from .trainer import VALIDATION, Trainer, start_processes
+from .start import require_room, start
+from .trainer import VALIDATION, Trainer
 from .validation import Validation, copy_with
 
 
@@ -38,20 +39,31 @@ def build_model(config: TrainConfig, vocab_size: int) -> AnySubsetLM:
     return model
 
 
+def require_memory_for_training(model: AnySubsetLM, config: TrainConfig, n_shards: int) -> None:
+    """Raise :class:`~asarm.errors.MemoryBudgetError` where a pass would not fit."""
+    batch, length = config.optimizer.rows_per_pass, config.data.max_length
+    masked = max(config.masking.start_high, config.masking.final_high)
+    need = training_bytes(model, batch, length, masked, n_shards)
+    remedy = "a smaller optimizer.rows_per_pass, gradient_checkpointing or a smaller data.max_length needs less"
+    require_memory(model, batch, length, need, remedy)
+
+
 def train(config: TrainConfig) -> Path:
     """Run (or, with ``resume``, go on with) a training run; returns the folder of the final checkpoint."""
-    config, accelerator, out = start_processes(config)
+    run = start(config)
+    config, accelerator = run.config, run.accelerator
     tokenizer = load_tokenizer(config.model, config.revision, config.tokenizer, config.whitespace_map)
     length, o = config.data.max_length, config.optimizer
     validation = Validation(config.validation, tokenizer, length)
     model = build_model(config, len(tokenizer))
     check_vocabulary(model, tokenizer)
     model.to(accelerator.device)
-    require_memory(model, o.rows_per_pass, length, training_bytes(model, o.rows_per_pass, length))
+    sharded = config.fsdp and accelerator.num_processes > 1  # one process has nobody to deal anything out to
+    require_memory_for_training(model, config, accelerator.num_processes if sharded else 1)
+    require_room(run, model)
     rows = open_rows(config.data, tokenizer, config.seed, accelerator.process_index, accelerator.num_processes)
     objective = Objective(model, config.objective)
-    layers = model.transformer.layer if config.fsdp else None
-    trainer = Trainer(config, accelerator, out, objective, rows, layers)
+    trainer = Trainer(run, objective, rows, model.transformer.layer if sharded else None)
 
     def weights() -> dict[str, torch.Tensor]:
         return {name.removeprefix("model."): x for name, x in trainer.state_dict().items()}
@@ -76,10 +88,10 @@ def train(config: TrainConfig) -> Path:
         accelerator.wait_for_everyone()
 
     trainer.run(compute, validate)
-    final, whole = out / "final", weights()
-    if accelerator.is_main_process:
+    whole = weights()
+
+    def write(final: Path) -> None:
         copy_with(model, whole, torch.device("cpu")).save_pretrained(final)
         tokenizer.backend.save(str(final / "tokenizer.json"))
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
-    return final
+
+    return trainer.finish(write)

@@ -1,4 +1,4 @@
-"""A module in training: processes, optimiser, checkpoints, logs, and the loop over steps.
+"""A module in training: optimiser, checkpoints, logs, and the loop over steps.
 
 Models and draft heads are trained by the same :class:`Trainer`; what differs is how a step's gradients come about.
 
@@ -13,16 +13,13 @@ import time
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import asdict, replace
-from datetime import timedelta
+from dataclasses import asdict
 from pathlib import Path
-from typing import TypeVar
 
 import psutil
 import torch
 import yaml
-from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
@@ -30,56 +27,17 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from ..data.rows import Rows
-from ..engine import multiplies_bfloat16, warn_if_emulated
-from ..errors import DivergedError, OutputDirError, StoppedError
+from ..errors import ConfigError, DivergedError, StoppedError, UserError, reason
 from ..rng import generator
-from ..runlog import append_line, prepare_output_dir, provenance, read_lines, write_atomic, write_json
-from .checkpoint import (
-    checkpoints,
-    load_checkpoint,
-    newest_valid,
-    require_disk_space,
-    require_same_settings,
-    save_checkpoint,
-)
-from .config import OptimizerConfig, TrainConfig
-from .head_config import TrainHeadConfig
+from ..runlog import append_line, provenance, read_lines, write_atomic, write_json
+from .checkpoint import load_checkpoint, save_checkpoint, whole_folder
+from .config import OptimizerConfig
 from .schedule import lr_factor, masking_range
+from .start import Run
 from .stopping import StopSignals
 
 METRICS, VALIDATION, HELD_OUT = "metrics.jsonl", "validation.jsonl", "held_out.jsonl"
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
-WAIT = timedelta(hours=4)  # while the main process validates
-
-Config = TypeVar("Config", TrainConfig, TrainHeadConfig)
-
-
-def start_processes(config: Config) -> tuple[Config, Accelerator, Path]:
-    """The settings with a precision, this process among those of its run, and the run's folder; one that holds a run is
-    refused unless resumed."""
-    if config.num_threads:
-        torch.set_num_threads(config.num_threads)
-    log_with = "wandb" if config.wandb else None
-    cpu = (
-        not torch.cuda.is_available()
-    )  # unless it is told so, accelerate takes processes without GPUs for separate runs
-    accelerator = Accelerator(cpu=cpu, log_with=log_with, kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT)])
-    config.optimizer.require_divides(accelerator.num_processes)
-    out = prepare_output_dir(config.output_dir)
-    if config.resume == "never" and (checkpoints(out / "checkpoints") or (out / "final").exists()):
-        raise OutputDirError(f"{out} already holds a run; go on with it with --resume, or choose another --output_dir")
-    accelerator.wait_for_everyone()  # before the main process writes there
-    precision = precision_on(accelerator.device, config.optimizer.precision)
-    return replace(config, optimizer=replace(config.optimizer, precision=precision)), accelerator, out
-
-
-def precision_on(device: torch.device, precision: str) -> str:
-    """bf16 or fp32; warns of bf16 on a device that has to emulate it."""
-    if precision == "auto":
-        return "bf16" if multiplies_bfloat16(device) else "fp32"
-    if precision == "bf16":
-        warn_if_emulated(device, torch.bfloat16, "optimizer.precision auto or fp32")
-    return precision
 
 
 def build_optimizer(module: torch.nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
@@ -106,34 +64,36 @@ class Trainer:
         layers: submodules that FSDP deals out one by one; without it every process holds the module whole.
     """
 
-    def __init__(
-        self,
-        config: TrainConfig | TrainHeadConfig,
-        accelerator: Accelerator,
-        out: Path,
-        module: torch.nn.Module,
-        rows: Rows,
-        layers: Iterable[torch.nn.Module] | None = None,
-    ):
+    def __init__(self, run: Run, module: torch.nn.Module, rows: Rows, layers: Iterable[torch.nn.Module] | None = None):
+        config, accelerator, out = run.config, run.accelerator, run.out
         self.config, self.accelerator, self.out, self.rows = config, accelerator, out, rows
         decay = config.optimizer.ema_decay
-        n_bytes = sum(p.numel() * p.element_size() for p in module.parameters())
-        require_disk_space(out / "checkpoints", n_bytes * (3 if decay is None else 4), config.keep_checkpoints)
         self.module = module.to(accelerator.device).train()
         if layers is not None:
             shard(self.module, layers)
         self.average = None if decay is None else AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(decay))
         self.optimizer = build_optimizer(self.module, config.optimizer)
         self.start, self.skipped, self.in_a_row = 0, 0, 0
-        self._restore()
+        if run.checkpoint is not None:
+            self._restore(load_checkpoint(run.checkpoint))
         distributed = accelerator.num_processes > 1 and layers is None
         self.wrapped = accelerator.prepare_model(self.module) if distributed else self.module
         if accelerator.is_main_process:
             self._begin_records()
         if config.wandb:
-            name = hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16]
-            settings = {"id": name, "name": out.name, "dir": str(out), "resume": "allow"}
-            accelerator.init_trackers(config.wandb, asdict(config), {"wandb": settings})
+            self._begin_wandb(config.wandb)
+
+    def _begin_wandb(self, project: str) -> None:
+        from wandb.errors import Error
+
+        name = hashlib.sha256(str(self.out.resolve()).encode()).hexdigest()[:16]
+        settings = {"id": name, "name": self.out.name, "dir": str(self.out), "resume": "allow"}
+        try:
+            self.accelerator.init_trackers(project, asdict(self.config), {"wandb": settings})
+        except Error as error:
+            raise ConfigError(
+                f"wandb {project!r}: {reason(error)}; log in with `wandb login`, or set WANDB_MODE=offline"
+            ) from error
 
     def accumulate(self, parts: Iterable, losses: Callable[..., dict[str, torch.Tensor]]) -> dict[str, float]:
         """Backpropagate this process's share of a step: the sum over its parts of ``losses(part)["loss"]``.
@@ -167,7 +127,8 @@ class Trainer:
         logged, "loss" among it; ``after(steps done)`` is called after each step.
 
         Raises :class:`StoppedError` after the step in which a stop signal came to any process, its checkpoint written,
-        and :class:`DivergedError` when too many gradients in a row were not finite.
+        :class:`DivergedError` when too many gradients in a row were not finite, and what reading the text raises, a
+        checkpoint written before it.
         """
         o, rank = self.config.optimizer, self.accelerator.process_index
         main = self.accelerator.is_main_process
@@ -175,22 +136,29 @@ class Trainer:
         bar = tqdm(total=o.steps, initial=self.start, unit="step", desc="train", smoothing=0.05, disable=not main)
         self._clock, self._clock_step = time.perf_counter(), self.start
         with StopSignals() as stop, bar:
+            upcoming = next(batches) if self.start < o.steps else None
             for step in range(self.start, o.steps):
-                rows_BN, indices, data_state = next(batches)
+                rows_BN, indices, data_state = upcoming
                 torch.manual_seed(int(generator(self.config.seed, f"dropout {rank}", step).integers(2**63)))
                 measured = compute(step, (rows_BN, indices))
                 measured |= self._update(step, measured["loss"])
-                done, last = step + 1, step + 1 == o.steps
+                done, last, unreadable = step + 1, step + 1 == o.steps, None
                 if main and (done % self.config.log_every == 0 or last):
                     self._log(done, measured)
                 bar.update()
                 bar.set_postfix(loss=f"{measured['loss']:.3f}", refresh=False)
                 after(done)
-                stopped = self._any_process(stop.received is not None)
+                try:
+                    upcoming = None if last else next(batches)
+                except UserError as error:  # what was trained so far is not lost to a text that breaks off
+                    unreadable = error
+                stopped = self._any_process(stop.received is not None or unreadable is not None)
                 if done % self.config.checkpoint_every == 0 or last or stopped:
                     self.save(done, data_state)
+                if unreadable is not None:
+                    raise unreadable
                 if stopped and not last:
-                    why = stop.received or "a signal to another process"
+                    why = stop.received or "another process"
                     raise StoppedError(f"stopped by {why} after step {done}; go on with --resume auto")
 
     def _update(self, step: int, loss: float) -> dict[str, float]:
@@ -211,8 +179,9 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         if self.in_a_row >= o.max_skipped_steps:
             raise DivergedError(
-                f"the gradient was not finite in {self.in_a_row} steps in a row, up to step {step + 1}; lower "
-                f"optimizer.lr ({o.lr}) or use precision fp32, and go on from the last checkpoint with --resume"
+                f"the gradient was not finite in {self.in_a_row} steps in a row, up to step {step + 1}; go on from the "
+                f"last checkpoint with a lower optimizer.lr than {o.lr} (--resume auto --optimizer.lr LR --may_change "
+                "optimizer.lr), or in the same way with optimizer.precision fp32"
             )
         return {"grad_norm": norm, "lr": self.optimizer.param_groups[0]["lr"]}
 
@@ -274,20 +243,19 @@ class Trainer:
             save_checkpoint(self.out / "checkpoints", state, self.config.keep_checkpoints)
         self.accelerator.wait_for_everyone()
 
-    def _restore(self) -> None:
-        """Go on from the newest valid checkpoint of a run that is resumed, if there is one."""
-        if self.config.resume == "never":
-            return
-        found = [newest_valid(self.out / "checkpoints") if self.accelerator.is_main_process else None]
-        (path,) = broadcast_object_list(found)
-        if path is None and self.config.resume == "must":
-            raise OutputDirError(
-                f"{self.out} holds no checkpoint to go on from; use --resume auto, or name the run's folder"
-            )
-        if path is None:
-            return
-        state = load_checkpoint(path)
-        require_same_settings(self.out, state["config"], asdict(self.config))
+    def finish(self, write: Callable[[Path], None]) -> Path:
+        """Let the main process ``write`` the run's last folder, final/, which is there whole or not at all; a stop
+        signal that comes meanwhile is no longer needed."""
+        final = self.out / "final"
+        with StopSignals():
+            if self.accelerator.is_main_process:
+                with whole_folder(final) as folder:
+                    write(folder)
+            self.accelerator.wait_for_everyone()
+            self.accelerator.end_training()
+        return final
+
+    def _restore(self, state: dict) -> None:
         weights = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
         set_state_dict(self.module, self.optimizer, **weights, options=StateDictOptions(full_state_dict=True))
         if self.average is not None:
