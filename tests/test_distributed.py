@@ -101,7 +101,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(text_file, tmp_pa
     done = load_checkpoint(saved)["step"]
     assert done == len(losses(tmp_path / "run"))
     assert f"stopped by SIGUSR1 after step {done}" in errors[1]
-    assert f"stopped by a signal to another process after step {done}" in errors[0]
+    assert f"stopped by what stopped another process after step {done}" in errors[0]
 
 
 def test_a_batch_that_does_not_divide_is_named():

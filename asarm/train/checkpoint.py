@@ -54,7 +54,7 @@ def whole_folder(final: Path) -> Iterator[Path]:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     yield partial
-    for path in partial.rglob("*"):
+    for path in (path for path in partial.rglob("*") if path.is_file()):
         with open(path, "rb") as file:
             os.fsync(file.fileno())
     if final.exists():

@@ -158,7 +158,7 @@ class Trainer:
                 if unreadable is not None:
                     raise unreadable
                 if stopped and not last:
-                    why = stop.received or "another process"
+                    why = stop.received or "what stopped another process"
                     raise StoppedError(f"stopped by {why} after step {done}; go on with --resume auto")
 
     def _update(self, step: int, loss: float) -> dict[str, float]:
