@@ -144,6 +144,25 @@ def test_a_mistake_is_one_plain_line_and_status_two(arguments, message, tmp_path
 
 
 @pytest.mark.parametrize(
+    ("command", "mistake"),
+    [
+        ("speculative", ["--model", "/etc"]),
+        ("speculative", ["--model", "tiny-code", "--samplers", "assd-head"]),
+        ("speculative", ["--max_length", "3000000", "--num_sequences", "1"]),
+        ("speculative", ["--num_sequences", "100000"]),
+        ("nlp-infill", ["--model", "/etc"]),
+        ("nlp-infill", ["--causal_lm", "/etc"]),
+    ],
+)
+def test_after_a_mistake_the_right_command_has_the_folder(command, mistake, tmp_path):
+    arguments = ["eval", command, "--output_dir", str(tmp_path), "--limit", "1"]
+    assert main([*arguments, *mistake]) == 2
+    assert not (tmp_path / "config.yaml").exists()
+    small = ["--num_sequences", "1", "--max_length", "16"] * (command == "speculative")
+    assert main([*arguments, *small, "--samplers", "parallel"]) == 0
+
+
+@pytest.mark.parametrize(
     ("yaml", "message"),
     [
         ("visible_fractoin: 0.1\n", "'visible_fractoin'"),

@@ -8,8 +8,9 @@ import pytest
 from conftest import make_model
 
 from asarm.config import SamplerConfig
-from asarm.errors import ConfigError
+from asarm.errors import ConfigError, OutputDirError
 from asarm.evals.config import SpeculativeConfig
+from asarm.evals.records import RecordLog
 from asarm.evals.shards import Shard
 from asarm.evals.speculative import evaluate
 from asarm.runlog import read_lines
@@ -88,6 +89,24 @@ def test_processes_at_the_same_time(tmp_path):
     assert sum("NFE/token" in output for output in outputs) >= 1
     evaluate(SpeculativeConfig(output_dir=str(tmp_path / "whole"), **SMALL))
     assert records(tmp_path / "out") == records(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("phase", ["records", "judge"])
+def test_of_two_runs_that_start_in_one_folder_the_first_to_record_has_it(tmp_path, phase):
+    """Both found it empty; shards of the first are welcome, and the other one's settings and models are not."""
+    first, second, shard, model = (
+        RecordLog(tmp_path, {"k": k}, Shard(i, 4), phase) for i, k in enumerate((5, 4, 5, 5))
+    )
+    for log, weights in ((first, "a"), (shard, "a"), (model, "b")):
+        log.identify("model", {"weights": weights})
+    record = {"sampler": "assd", "index": 0}
+    first.add(record)
+    shard.add(record)
+    for log, message in ((second, "k: 5 there, 4 now"), (model, "weights: 'a' there, 'b' now")):
+        with pytest.raises(OutputDirError, match=message):
+            log.add(record)
+        assert not log.path.exists()
+    assert json.loads((tmp_path / "identity.json").read_text()) == {"model": {"weights": "a"}}
 
 
 def test_a_baseline_runs_beside_the_model_with_the_samplers_it_has(tmp_path):
