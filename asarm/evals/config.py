@@ -248,12 +248,19 @@ class InfillEvalConfig(DecodingConfig):
         require(bool(self.samplers), "samplers", self.samplers, "a list of at least one")
         require(self.limit is None or self.limit >= 1, "limit", self.limit, "at least 1")
 
+    def default_output_dir(self, name: str) -> None:
+        """A folder for each task or benchmark, unless one is given: another's would be refused."""
+        if self.output_dir is None:
+            object.__setattr__(self, "output_dir", name)
+
 
 @dataclass(frozen=True, kw_only=True)
 class NlpInfillConfig(InfillEvalConfig):
     """Infill stories and last words, choose endings, fill the masks of a file.
 
     Args:
+        output_dir: receives config.yaml, records.jsonl and summary.json; a run that was stopped goes on there
+            (default: runs/nlp_infill/TASK).
         samplers: as above; hellaswag only scores and needs none.
         task: rocstories-1of5 (the third sentence of a story), rocstories-3of5 (the middle three), lambada (the last
             word), hellaswag (the likeliest of four endings) or infill-file (the masks of data_file).
@@ -268,7 +275,7 @@ class NlpInfillConfig(InfillEvalConfig):
         causal_lm: left-to-right models (folder, or Hub id@revision) given the left context only, in the same run.
     """
 
-    output_dir: str = "runs/nlp_infill"
+    output_dir: str | None = None
     task: str = "rocstories-1of5"
     data_file: str | None = None
     trials: int = 1
@@ -278,6 +285,7 @@ class NlpInfillConfig(InfillEvalConfig):
     def __post_init__(self):
         super().__post_init__()
         require(self.task in NLP_TASKS, "task", self.task, f"one of {', '.join(NLP_TASKS)}")
+        self.default_output_dir(f"runs/nlp_infill/{self.task}")
         with_file = self.task != "infill-file" or self.data_file is not None
         require(with_file, "data_file", self.data_file, "given with the task infill-file: JSON lines with masked texts")
         require(self.trials >= 1, "trials", self.trials, "at least 1")
