@@ -1,7 +1,9 @@
 """Settings of infilling, scoring and the evaluations; like :mod:`asarm.config`, it imports nothing heavy."""
 
 from dataclasses import dataclass, field, fields, replace
+from inspect import formatannotation
 from itertools import product
+from typing import get_args, get_origin
 
 from ..config import ONE_PASS, SamplerConfig, require
 
@@ -221,16 +223,23 @@ class SpeculativeConfig(DecodingConfig):
         known = {f.name for f in fields(self)} - {"grid", "replot", "output_dir", "json", "shard"}
         for key, values in self.grid.items():
             require(key in known, "grid", key, "made of settings of this evaluation")
-            now = getattr(self, key)
-            kind = (float, int) if isinstance(now, float) else object if now is None else type(now)
-            fits = isinstance(values, list) and bool(values) and all(isinstance(value, kind) for value in values)
-            require(fits, f"grid.{key}", values, f"a list of values such as {now!r}")
+            kind = next(f.type for f in fields(self) if f.name == key)
+            fits = isinstance(values, list) and bool(values) and all(_is_a(value, kind) for value in values)
+            require(fits, f"grid.{key}", values, f"a list of values of type {formatannotation(kind)}")
         points = [dict(zip(self.grid, values, strict=True)) for values in product(*self.grid.values()) if values]
         names = [",".join(f"{key}={value}" for key, value in point.items()) for point in points]
         return [
             replace(self, **point, grid={}, output_dir=f"{self.output_dir}/{name}")
             for point, name in zip(points, names, strict=True)
         ]
+
+
+def _is_a(value: object, kind: type) -> bool:
+    """Whether a value is of a setting's type: plain, optional, or a list of plain values. Whole numbers are floats."""
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(_is_a(item, *get_args(kind)) for item in value)
+    kinds = get_args(kind) or (kind,)
+    return isinstance(value, (*kinds, int) if float in kinds else kinds)
 
 
 @dataclass(frozen=True, kw_only=True)
