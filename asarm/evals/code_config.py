@@ -19,7 +19,9 @@ class CodeInfillConfig(InfillEvalConfig):
     """Infill lines and spans of HumanEval's programs: pass@k, exact match, edit similarity.
 
     Args:
-        output_dir: as above (default: runs/code_infill/BENCHMARK).
+        model: embedded name (tiny-code), folder or Hub id.
+        output_dir: receives config.yaml, records.jsonl and summary.json; a run that was stopped goes on there
+            (default: runs/code_infill/BENCHMARK).
         benchmark: single-line, multi-line, random-span or random-span-light.
         data_file: JSON lines of the benchmark's form (default: the published file in
             ASARM_DATA_DIR/eval/humaneval_infill).
@@ -32,6 +34,7 @@ class CodeInfillConfig(InfillEvalConfig):
         workers: programs executed at the same time (default: one a core).
     """
 
+    model: str = "tiny-code"
     output_dir: str | None = None
     benchmark: str = "single-line"
     data_file: str | None = None
