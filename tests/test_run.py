@@ -26,6 +26,12 @@ SMALL = {
 ARRAY_JOB = {"SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_COUNT": "2"}
 
 
+def array(task: int, tasks: list[int], step: int = 1) -> dict[str, str]:
+    """What Slurm tells a job of an array of ``tasks``."""
+    values = {"ID": task, "COUNT": len(tasks), "MIN": min(tasks), "MAX": max(tasks), "STEP": step}
+    return {f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in values.items()}
+
+
 def records(folder) -> list[dict]:
     return [{k: v for k, v in r.items() if k != "seconds"} for r in read_lines(folder / "records.jsonl")]
 
@@ -40,6 +46,10 @@ def records(folder) -> list[dict]:
         (None, {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "3", "SLURM_ARRAY_TASK_MIN": "1"}, (2, 3)),
         (None, {"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, (1, 2)),
         (None, {"SLURM_ARRAY_TASK_ID": "3"}, (0, 1)),
+        (None, array(14, [*range(0, 15, 2)], 2), (7, 8)),
+        (None, array(5, [3, 5, 7], 2), (1, 3)),
+        (None, array(9, [9]), (0, 1)),
+        ("1/2", array(5, [3, 5]), (1, 2)),
         (None, ARRAY_JOB | {"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, (1, 2)),
         (None, ARRAY_JOB | {"RANK": "0", "WORLD_SIZE": "4", "SLURM_NTASKS": "1"}, (4, 8)),
         (None, ARRAY_JOB | {"RANK": "3", "WORLD_SIZE": "4", "SLURM_NTASKS": "1"}, (7, 8)),
@@ -53,6 +63,13 @@ def test_a_shard_comes_from_the_setting_or_from_whoever_started_the_process(sett
 def test_a_shard_that_does_not_exist_is_refused(setting):
     with pytest.raises(ConfigError, match="shard"):
         Shard.of(setting, {})
+
+
+@pytest.mark.parametrize("tasks", [[3, 5], [1, 2, 3, 7]])
+def test_jobs_of_an_array_with_gaps_are_told_to_name_their_shard(tasks):
+    for task in tasks:
+        with pytest.raises(ConfigError, match=f"job {task} of an array of {len(tasks)} .* has no gaps.*--shard"):
+            Shard.of(None, array(task, tasks))
 
 
 def test_shards_hold_every_item_once():
