@@ -10,8 +10,10 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from conftest import make_model
+from datasets import Dataset
 from scipy.stats import binomtest
 
 from asarm.errors import ConfigError, DataFileError, SandboxError, TextError
@@ -70,11 +72,29 @@ def test_problems_are_read_to_the_byte_and_errors_are_named(tmp_path):
     for problems, message in (
         ([PROBLEMS[0], {k: v for k, v in PROBLEMS[1].items() if k != "test"}], r"problem 2 lacks \['test'\]"),
         ([PROBLEMS[0], PROBLEMS[0]], "problem 2 repeats the task_id 'T/double'"),
-        ([["no", "problem"]], "problem 1 lacks"),
+        ([["no", "problem"]], "line 1: not a JSON object"),
         ([], "holds no problem"),
     ):
         with pytest.raises(DataFileError, match=message):
             read_problems(CodeInfillConfig(data_file=write(tmp_path / "bad.jsonl", problems)))
+
+
+def test_problems_are_read_from_every_form_of_file(tmp_path):
+    """And a damaged one is named."""
+    lines = "".join(json.dumps(problem) + "\n" for problem in PROBLEMS).encode()
+    packed = gzip.compress(lines, mtime=0)
+    (tmp_path / "p.jsonl").write_bytes(lines)
+    (tmp_path / "p.jsonl.zst").write_bytes(pa.Codec("zstd").compress(lines, asbytes=True))
+    Dataset.from_list(PROBLEMS).to_parquet(str(tmp_path / "p.parquet"))
+    plain, *others = (
+        read_problems(CodeInfillConfig(data_file=str(tmp_path / name)))[1]
+        for name in ("p.jsonl", "p.jsonl.zst", "p.parquet")
+    )
+    assert len(plain) == 4 and others == [plain, plain]
+    for name, content in (("cut.jsonl.gz", packed[:-9]), ("bad.jsonl.gz", packed[:20] + b"xxxx" + packed[24:])):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataFileError, match=f"cannot read data file .*{name}"):
+            read_problems(CodeInfillConfig(data_file=str(tmp_path / name)))
 
 
 def test_what_a_guesser_writes():

@@ -23,7 +23,7 @@ class CodeInfillConfig(InfillEvalConfig):
         output_dir: receives config.yaml, records.jsonl and summary.json; a run that was stopped goes on there
             (default: runs/code_infill/BENCHMARK).
         benchmark: single-line, multi-line, random-span or random-span-light.
-        data_file: JSON lines of the benchmark's form (default: the published file in
+        data_file: JSON lines, compressed or not, or Parquet of the benchmark's form (default: the published file in
             ASARM_DATA_DIR/eval/humaneval_infill).
         num_samples: completions of each problem.
         pass_k: report pass@k for these k, from num_samples samples.

@@ -276,7 +276,8 @@ class NlpInfillConfig(InfillEvalConfig):
         data_file: the task's file (default: that of ASARM_DATA_DIR; without it, for stories, those of
             eval_datasets/samples). rocstories: Story Cloze CSV, or JSON lines with "text" of five sentences. lambada:
             JSON lines with "context" and "continuation". hellaswag: "ctx", "endings" and "label". infill-file: "text"
-            with <mask> and <mask:n>, and "reference" or, for several gaps, "references" if there are any.
+            with <mask> and <mask:n>, and "reference" or, for several gaps, "references" if there are any. JSON lines
+            may be compressed (.gz, .zst), and Parquet stands for them.
         limit: only the first so many rows of the file (default: all).
         trials: how often each gap is filled.
         max_length: longer texts are skipped, in tokens (default: the length the model was trained on, where its folder
