@@ -1,14 +1,15 @@
 """``python -m asarm``: infill, score, train, train-draft-head, the evaluations and the benchmarks.
 
-Every command takes ``--config FILE.yaml``, overridden by ``--key value``; ``--print_config`` shows the result. A
-mistake of the user's is one line on standard error and exit status 2; a training run that a signal stopped exits with
-75, which asks for the same command again.
+Every command takes ``--config FILE.yaml`` with ``--key value`` over it, in any order; ``--print_config`` shows the
+result. A mistake of the user's is one line on standard error and exit status 2; a training run that a signal stopped
+exits with 75, which asks for the same command again.
 """
 
 import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, fields
+from itertools import islice
 from pathlib import Path
 from typing import get_args, get_origin
 
@@ -200,6 +201,18 @@ def _make_config(config_class: type, settings: dict):
     return config_class(**values)
 
 
+def _files_first(words: list[str]) -> list[str]:
+    """A command's words with each ``--config FILE`` before all others: what is parsed later goes over what came before,
+    and the command line goes over the file wherever that is named."""
+    files, others, rest = [], [], iter(words)
+    for word in rest:
+        if word == "--config":
+            files += [word, *islice(rest, 1)]
+        else:
+            (files if word.startswith("--config=") else others).append(word)
+    return files + others
+
+
 def _first_line(config_class: type) -> str:
     return config_class.__doc__.strip().splitlines()[0]
 
@@ -216,7 +229,7 @@ def main(argv: list[str] | None = None) -> int:
     else:
         commands = COMMANDS
         parser = build_parser("python -m asarm", DESCRIPTION, COMMANDS)
-    parsed = parser.parse_args(argv)
+    parsed = parser.parse_args([*argv[:1], *_files_first(argv[1:])])
     try:
         settings = parser.instantiate(parsed)
         config_class, run = commands[settings.command]

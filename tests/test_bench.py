@@ -2,10 +2,12 @@
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
 
+from asarm.bench import run as run_module
 from asarm.bench import train as train_bench
 from asarm.bench.config import ARCHITECTURES, BenchDecodeConfig, BenchTrainConfig
 from asarm.bench.decode import round_seconds
@@ -61,13 +63,33 @@ def test_only_the_asked_for_rounds_are_played(monkeypatch):
         ({"batch_sizes": [0]}, "batch_sizes must be at least 1, got 0"),
         ({"masked_fraction": 0.0}, r"masked_fraction must be in \(0, 1\], got 0.0"),
         ({"memory_lengths": [64]}, "memory_lengths must be at least 120 with k = 5, got 64"),
+        ({"memory_lengths": [50], "k": 1}, "memory_lengths must be at least 64 with k = 1, got 50"),
         ({"samplers": ["best"]}, "'best'"),
+        ({"samplers": ["assd:5"]}, "samplers must be without a k of their own.*, got 'assd:5'"),
+        ({"num_threads": -1}, "num_threads must be at least 1, got -1"),
         ({"rounds": 40}, "rounds must be fewer: they draw up to 492 tokens where 97 are left, got 40"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         BenchDecodeConfig(**settings)
+
+
+@pytest.mark.parametrize("setting", ["size", "acceptance_model"])
+def test_a_missing_draft_head_is_an_error_before_anything_is_measured(setting, monkeypatch):
+    for name in ("acceptance_of", "model_of"):
+        monkeypatch.setattr(run_module, name, lambda *_: pytest.fail("measured first"))
+    config = BenchDecodeConfig(**{"size": "tiny-english"} | {setting: "tiny-code"})
+    with pytest.raises(ConfigError, match="tiny-code' has no draft head"):
+        run_module.bench(config)
+
+
+@pytest.mark.parametrize(("k", "length"), [(1, 64), (5, 120), (7, 160)])
+def test_the_least_memory_length_is_one_that_can_be_decoded(k, length):
+    config = BenchDecodeConfig(k=k, memory_lengths=[length])
+    assert replace(config, length=length, rounds=1, masked_fraction=1.0).length == length  # as memory_of does
+    with pytest.raises(ConfigError, match=f"at least {length}"):
+        BenchDecodeConfig(k=k, memory_lengths=[length - 1])
 
 
 def test_a_training_step_is_compared_on_the_same_work(capsys, monkeypatch):
@@ -101,7 +123,11 @@ def flop_of_a_step(batch, length, d_model, n_layer, d_inner, vocab_size, masked_
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"size": "tiny"}, "xlnet-base, xlnet-large, got 'tiny'"), ({"repeats": 0}, "repeats must be at least 1, got 0")],
+    [
+        ({"size": "tiny"}, "xlnet-base, xlnet-large, got 'tiny'"),
+        ({"repeats": 0}, "repeats must be at least 1, got 0"),
+        ({"num_threads": -1}, "num_threads must be at least 1, got -1"),
+    ],
 )
 def test_settings_of_the_training_bench_out_of_range(settings, message):
     with pytest.raises(ConfigError, match=message):

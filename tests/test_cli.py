@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+import yaml
 
 from asarm import Law, TextTokenizer
 from asarm.cli import main
@@ -144,7 +145,26 @@ def test_a_mistake_is_one_plain_line_and_status_two(arguments, message, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("yaml", "message"),
+    ("command", "mistake"),
+    [
+        ("speculative", ["--model", "/etc"]),
+        ("speculative", ["--model", "tiny-code", "--samplers", "assd-head"]),
+        ("speculative", ["--max_length", "3000000", "--num_sequences", "1"]),
+        ("speculative", ["--num_sequences", "100000"]),
+        ("nlp-infill", ["--model", "/etc"]),
+        ("nlp-infill", ["--causal_lm", "/etc"]),
+    ],
+)
+def test_after_a_mistake_the_right_command_has_the_folder(command, mistake, tmp_path):
+    arguments = ["eval", command, "--output_dir", str(tmp_path), "--limit", "1"]
+    assert main([*arguments, *mistake]) == 2
+    assert not (tmp_path / "config.yaml").exists()
+    small = ["--num_sequences", "1", "--max_length", "16"] * (command == "speculative")
+    assert main([*arguments, *small, "--samplers", "parallel"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
     [
         ("visible_fractoin: 0.1\n", "'visible_fractoin'"),
         ("k: five\n", "Got value: five"),
@@ -152,8 +172,8 @@ def test_a_mistake_is_one_plain_line_and_status_two(arguments, message, tmp_path
         ("- a\n- b\n", "- a"),
     ],
 )
-def test_a_malformed_config_is_named_before_anything_runs(yaml, message, tmp_path):
-    (tmp_path / "c.yaml").write_text(yaml)
+def test_a_malformed_config_is_named_before_anything_runs(text, message, tmp_path):
+    (tmp_path / "c.yaml").write_text(text)
     start = time.monotonic()
     done = run("eval", "speculative", "--config", str(tmp_path / "c.yaml"), "--output_dir", str(tmp_path / "out"))
     assert done.returncode == 2
@@ -163,10 +183,29 @@ def test_a_malformed_config_is_named_before_anything_runs(yaml, message, tmp_pat
     assert time.monotonic() - start < 30
 
 
-def test_command_line_goes_before_the_file(tmp_path):
-    (tmp_path / "c.yaml").write_text("k: 3\nvisible_fraction: 1e-1\nsamplers: [assd]\n")
-    done = run("eval", "speculative", "--config", str(tmp_path / "c.yaml"), "--k", "7", "--print_config")
-    assert "k: 7\n" in done.stdout and "visible_fraction: 0.1\n" in done.stdout and "- assd\n" in done.stdout
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--config A --k 7",
+        "--k 7 --config A",
+        "--k=7 --config=A",
+        "--samplers assd sequential --config A --k 7 --config B",
+        "--config B --k 7 --config=A --samplers assd sequential --visible_fraction 0.1",
+    ],
+)
+def test_the_command_line_goes_over_the_file_in_any_order(words, tmp_path, capsys):
+    """And of several files the last over those before."""
+    files = {"A": "k: 3\nvisible_fraction: 1e-1\nsamplers: [assd]\n", "B": "visible_fraction: 0.2\nmargin: 0.3\n"}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+        words = words.replace(f"--config {name}", f"--config {tmp_path / name}")
+        words = words.replace(f"--config={name}", f"--config={tmp_path / name}")
+    with pytest.raises(SystemExit):
+        main(["eval", "speculative", "--print_config", *words.split()])
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["k"] == 7 and shown["samplers"] == ["assd"] + ["sequential"] * ("sequential" in words)
+    assert shown["visible_fraction"] == (0.2 if words.rfind("B") > words.rfind("A") else 0.1)
+    assert shown["margin"] == (0.3 if "B" in words else 0.1)
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path, data_dir):

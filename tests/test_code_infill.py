@@ -10,8 +10,10 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from conftest import make_model
+from datasets import Dataset
 from scipy.stats import binomtest
 
 from asarm.errors import ConfigError, DataFileError, SandboxError, TextError
@@ -70,11 +72,29 @@ def test_problems_are_read_to_the_byte_and_errors_are_named(tmp_path):
     for problems, message in (
         ([PROBLEMS[0], {k: v for k, v in PROBLEMS[1].items() if k != "test"}], r"problem 2 lacks \['test'\]"),
         ([PROBLEMS[0], PROBLEMS[0]], "problem 2 repeats the task_id 'T/double'"),
-        ([["no", "problem"]], "problem 1 lacks"),
+        ([["no", "problem"]], "line 1: not a JSON object"),
         ([], "holds no problem"),
     ):
         with pytest.raises(DataFileError, match=message):
             read_problems(CodeInfillConfig(data_file=write(tmp_path / "bad.jsonl", problems)))
+
+
+def test_problems_are_read_from_every_form_of_file(tmp_path):
+    """And a damaged one is named."""
+    lines = "".join(json.dumps(problem) + "\n" for problem in PROBLEMS).encode()
+    packed = gzip.compress(lines, mtime=0)
+    (tmp_path / "p.jsonl").write_bytes(lines)
+    (tmp_path / "p.jsonl.zst").write_bytes(pa.Codec("zstd").compress(lines, asbytes=True))
+    Dataset.from_list(PROBLEMS).to_parquet(str(tmp_path / "p.parquet"))
+    plain, *others = (
+        read_problems(CodeInfillConfig(data_file=str(tmp_path / name)))[1]
+        for name in ("p.jsonl", "p.jsonl.zst", "p.parquet")
+    )
+    assert len(plain) == 4 and others == [plain, plain]
+    for name, content in (("cut.jsonl.gz", packed[:-9]), ("bad.jsonl.gz", packed[:20] + b"xxxx" + packed[24:])):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataFileError, match=f"cannot read data file .*{name}"):
+            read_problems(CodeInfillConfig(data_file=str(tmp_path / name)))
 
 
 def test_what_a_guesser_writes():
@@ -248,12 +268,35 @@ def test_a_vocabulary_that_changes_some_programs_is_reported(tmp_path, monkeypat
     assert "assd: the vocabulary changes 2 programs" in report(summary)
 
 
+def test_programs_longer_than_a_model_was_trained_on_are_filled_and_counted(tmp_path):
+    """By the embedded model of programs; of a baseline without a recipe it is not known."""
+    make_model(8192, mask_token_id=6, spread=0.02).save_pretrained(tmp_path / "model")
+    long = PROBLEMS[0] | {"task_id": "T/long", "prompt": "def f(x):\n    y = x\n" * 99}
+    settings_ = {"data_file": write(tmp_path / "long.jsonl", [*PROBLEMS, long]), "samplers": ["parallel"]}
+    baseline = {"baselines": [str(tmp_path / "model")], "tokenizer": "tiny-code"}
+    summary = evaluate(settings(tmp_path, **settings_, **baseline))
+    unknown = {"trained_length": None, "longer": None}
+    assert summary["models"] == {
+        "tiny-code": {"trained_length": 512, "longer": 1},
+        str(tmp_path / "model"): unknown,
+    }
+    assert all(row["sequences"] == 5 for row in summary["samplers"].values())
+    warnings = [line for line in report(summary).splitlines() if line.startswith("warning: ")]
+    assert warnings == ["warning: tiny-code was trained on 512 tokens at a time, and 1 of 5 programs are longer"]
+
+
 def test_how_many_programs_the_map_of_the_published_checkpoint_changes(data_dir):
     """What exactly is lost is counted in test_tokenizer.py."""
     xlnet = TextTokenizer.from_pretrained(data_dir / "tokenizers" / "xlnet-base-cased", whitespace_map="code")
     _, problems = read_problems(CodeInfillConfig())
     assert sum(alters(xlnet, problem) for problem in problems) == 599
     assert sum(xlnet.decode(xlnet.encode(p.canonical_solution)) != p.canonical_solution for p in problems) == 33
+
+
+@pytest.mark.usefixtures("data_dir")
+def test_how_many_programs_are_longer_than_the_rows_of_tiny_codes_training():
+    tokenizer = TextTokenizer.from_pretrained("tiny-code")
+    assert sum(len(encode(tokenizer, problem).ids) > 512 for problem in read_problems(CodeInfillConfig())[1]) == 51
 
 
 @pytest.mark.parametrize(("benchmark", "count"), [("single-line", 1033), ("multi-line", 5815)])

@@ -4,6 +4,7 @@ scripts/slurm_smoke.sh."""
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -14,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from asarm.cli import COMMANDS, EVALS, build_parser
+from asarm.cli import COMMANDS, EVALS, _make_config, build_parser
 
 ROOT = Path(__file__).parents[1]
 LAUNCHERS = sorted(ROOT.glob("_run_*.sh"))
@@ -264,15 +265,47 @@ def test_two_processes_without_a_gpu_are_one_run(tmp_path):
     assert (tmp_path / "final" / "model.safetensors").exists()
 
 
+LAUNCHED = {launcher.name: re.search(r'asarm_launch (.*) "', launcher.read_text())[1].split() for launcher in LAUNCHERS}
+
+
+def settings_of(command: list[str], options: list[str]):
+    """What a command makes of its options, read and checked as the command line does it."""
+    commands = EVALS if command[0] == "eval" else COMMANDS
+    parser = build_parser("asarm", "", commands)
+    parsed = parser.instantiate(parser.parse_args([command[-1], *options]))
+    return _make_config(commands[command[-1]][0], vars(parsed[command[-1]]))
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.name)
 def test_a_recipe_opens_with_a_command_that_reads_it(path):
     """Its head names the command; that command's settings are filled from it and pass their checks."""
     head = path.read_text().split("\noutput_dir:")[0]
     words = next(line for line in head.splitlines() if str(path.relative_to(ROOT)) in line).split()
-    launched = {launcher.name: re.search(r'asarm_launch (.*) "', launcher.read_text())[1] for launcher in LAUNCHERS}
-    command = next((launched[word] for word in words if word in launched), None) or words[words.index("asarm") + 1]
-    commands, name = (EVALS, command.removeprefix("eval ")) if command.startswith("eval ") else (COMMANDS, command)
-    parser = build_parser("asarm", "", commands)
-    settings = vars(parser.instantiate(parser.parse_args([name, "--config", str(path)]))[name])
-    settings.pop("config")
-    commands[name][0](**settings)
+    command = next((LAUNCHED[word] for word in words if word in LAUNCHED), None) or [words[words.index("asarm") + 1]]
+    settings_of(command, ["--config", str(path)])
+
+
+def printed_evaluations() -> list[tuple[list[str], list[str]]]:
+    """Command and options of every evaluation in a block of shell commands of the README and the documents."""
+    found = []
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        for block in re.findall(r"```bash\n(.*?)```", path.read_text(), re.S):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = shlex.split(line, comments=True)
+                for number, word in enumerate(words):
+                    if word in LAUNCHED and LAUNCHED[word][0] == "eval":
+                        found.append((LAUNCHED[word], words[number + 1 :]))
+                    elif words[number : number + 2] == ["asarm", "eval"]:
+                        found.append((words[number + 1 : number + 3], words[number + 3 :]))
+    return found
+
+
+def test_no_two_printed_evaluations_want_the_same_folder(monkeypatch):
+    """Each runs as printed, whichever ran before it; a second one in the same folder would be refused."""
+    monkeypatch.chdir(ROOT)
+    runs = {}
+    for command, options in printed_evaluations():
+        config = settings_of(command, options)
+        if getattr(config, "replot", None) is None:
+            assert runs.setdefault(config.output_dir, config) == config, (command, options)
+    assert len(runs) >= 14

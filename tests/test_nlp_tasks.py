@@ -1,8 +1,11 @@
 """What the natural-language evaluations read: rows that add up, each with its reason where it cannot be used."""
 
+import gzip
 import json
 
+import pyarrow as pa
 import pytest
+from datasets import Dataset
 
 from asarm.data.sources import read_documents
 from asarm.errors import DataFileError
@@ -90,6 +93,23 @@ def test_malformed_lines_are_counted_with_their_reasons(tmp_path, task, good, ba
     assert [s.index for s in skipped] == list(range(1, len(lines) - 1))
     for skip, reason in zip(skipped, bad.values(), strict=True):
         assert reason in skip.reason
+
+
+def test_records_are_read_from_every_form_of_file(tmp_path):
+    """Compressed or not, or Parquet; a damaged file is named."""
+    rows = [{"ctx": "He", "endings": ["ran.", "sat."], "label": str(n % 2)} for n in range(30)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    packed = gzip.compress(lines, mtime=0)
+    (tmp_path / "h.jsonl.gz").write_bytes(packed)
+    (tmp_path / "h.jsonl.zst").write_bytes(pa.Codec("zstd").compress(lines, asbytes=True))
+    Dataset.from_list(rows).to_parquet(str(tmp_path / "h.parquet"))
+    _, plain, _ = read_items("hellaswag", file_of(tmp_path, rows), None)
+    for name in ("h.jsonl.gz", "h.jsonl.zst", "h.parquet"):
+        assert read_items("hellaswag", str(tmp_path / name), None)[1:] == (plain, [])
+    for name, content in (("cut.jsonl.gz", packed[:-9]), ("bad.jsonl.gz", packed[:20] + b"xxxx" + packed[24:])):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataFileError, match=f"cannot read data file .*{name}"):
+            read_items("hellaswag", str(tmp_path / name), None)
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def drawn(axes) -> dict[str, list[list[float]]]:
     """Points of each labelled line."""
     lines = {line.get_label(): line for line in axes.get_lines()}
     bars = {c.get_label(): c.lines[0] for c in axes.containers if hasattr(c, "lines")}
-    return {label: np.transpose(line.get_data()).tolist() for label, line in (lines | bars).items()}
+    return {label: np.transpose(line.get_data()).tolist() for label, line in (lines | bars).items() if label[0] != "_"}
 
 
 def test_acceptance_is_the_share_of_the_tested_drafts_by_index(records):
@@ -87,11 +87,32 @@ def test_a_baseline_has_files_of_its_own(records, tmp_path):
 def test_a_grid_has_a_column_of_panels_for_each_value_of_its_second_setting(records):
     grid = {"order": ["any-subset", "left-to-right"], "max_length": [64, 128]}
     rows = rows_of(records)
-    cells = [{"order": o, "max_length": n, "samplers": rows} for o in grid["order"] for n in grid["max_length"]]
+    cells = [
+        {"settings": {"order": o, "max_length": n}, "samplers": rows} for o in grid["order"] for n in grid["max_length"]
+    ]
     figure = plots.grid_figure(grid, cells)
     assert len(figure.axes) == 6 and figure.axes[0].get_title() == "max_length = 64"
     assert [label.get_text() for label in figure.axes[-1].get_xticklabels()] == grid["order"]
     assert drawn(figure.axes[0])["assd"] == [[0, 0.5], [1, 0.5]]
+
+
+def test_a_line_of_a_grid_has_a_point_for_each_cell_that_ran_the_sampler(records):
+    """A model without a draft head has no row for it; the legend names what any panel shows."""
+    rows = rows_of(records)
+    grid = {"model": ["a", "b", "c"], "order": ["any-subset", "left-to-right"]}
+    ran = {"a": ["sequential"], "b": ["sequential", "assd"], "c": ["assd"]}
+    cells = [
+        {"settings": {"model": m, "order": o}, "samplers": {name: rows[name] for name in names}}
+        for m, names in ran.items()
+        for o in grid["order"]
+    ]
+    cells[0]["samplers"]["parallel"] = cells[0]["samplers"].pop("sequential")
+    figure = plots.grid_figure(grid, cells)
+    first, second = figure.axes[:2]
+    assert drawn(first) == {"sequential": [[1, 1.0]], "assd": [[1, 0.5], [2, 0.5]], "parallel": [[0, 1.0]]}
+    assert drawn(second) == {"sequential": [[0, 1.0], [1, 1.0]], "assd": [[1, 0.5], [2, 0.5]]}
+    [legend] = figure.legends
+    assert {text.get_text() for text in legend.get_texts()} == {"sequential", "assd", "parallel"}
 
 
 def test_one_sequence_has_figures_but_no_verdicts(records, tmp_path):

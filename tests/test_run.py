@@ -8,8 +8,9 @@ import pytest
 from conftest import make_model
 
 from asarm.config import SamplerConfig
-from asarm.errors import ConfigError
+from asarm.errors import ConfigError, OutputDirError
 from asarm.evals.config import SpeculativeConfig
+from asarm.evals.records import RecordLog
 from asarm.evals.shards import Shard
 from asarm.evals.speculative import evaluate
 from asarm.runlog import read_lines
@@ -23,6 +24,12 @@ SMALL = {
     "batch_size": 2,
 }
 ARRAY_JOB = {"SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_COUNT": "2"}
+
+
+def array(task: int, tasks: list[int], step: int = 1) -> dict[str, str]:
+    """What Slurm tells a job of an array of ``tasks``."""
+    values = {"ID": task, "COUNT": len(tasks), "MIN": min(tasks), "MAX": max(tasks), "STEP": step}
+    return {f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in values.items()}
 
 
 def records(folder) -> list[dict]:
@@ -39,6 +46,10 @@ def records(folder) -> list[dict]:
         (None, {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "3", "SLURM_ARRAY_TASK_MIN": "1"}, (2, 3)),
         (None, {"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, (1, 2)),
         (None, {"SLURM_ARRAY_TASK_ID": "3"}, (0, 1)),
+        (None, array(14, [*range(0, 15, 2)], 2), (7, 8)),
+        (None, array(5, [3, 5, 7], 2), (1, 3)),
+        (None, array(9, [9]), (0, 1)),
+        ("1/2", array(5, [3, 5]), (1, 2)),
         (None, ARRAY_JOB | {"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, (1, 2)),
         (None, ARRAY_JOB | {"RANK": "0", "WORLD_SIZE": "4", "SLURM_NTASKS": "1"}, (4, 8)),
         (None, ARRAY_JOB | {"RANK": "3", "WORLD_SIZE": "4", "SLURM_NTASKS": "1"}, (7, 8)),
@@ -52,6 +63,13 @@ def test_a_shard_comes_from_the_setting_or_from_whoever_started_the_process(sett
 def test_a_shard_that_does_not_exist_is_refused(setting):
     with pytest.raises(ConfigError, match="shard"):
         Shard.of(setting, {})
+
+
+@pytest.mark.parametrize("tasks", [[3, 5], [1, 2, 3, 7]])
+def test_jobs_of_an_array_with_gaps_are_told_to_name_their_shard(tasks):
+    for task in tasks:
+        with pytest.raises(ConfigError, match=f"job {task} of an array of {len(tasks)} .* has no gaps.*--shard"):
+            Shard.of(None, array(task, tasks))
 
 
 def test_shards_hold_every_item_once():
@@ -88,6 +106,24 @@ def test_processes_at_the_same_time(tmp_path):
     assert sum("NFE/token" in output for output in outputs) >= 1
     evaluate(SpeculativeConfig(output_dir=str(tmp_path / "whole"), **SMALL))
     assert records(tmp_path / "out") == records(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("phase", ["records", "judge"])
+def test_of_two_runs_that_start_in_one_folder_the_first_to_record_has_it(tmp_path, phase):
+    """Both found it empty; shards of the first are welcome, and the other one's settings and models are not."""
+    first, second, shard, model = (
+        RecordLog(tmp_path, {"k": k}, Shard(i, 4), phase) for i, k in enumerate((5, 4, 5, 5))
+    )
+    for log, weights in ((first, "a"), (shard, "a"), (model, "b")):
+        log.identify("model", {"weights": weights})
+    record = {"sampler": "assd", "index": 0}
+    first.add(record)
+    shard.add(record)
+    for log, message in ((second, "k: 5 there, 4 now"), (model, "weights: 'a' there, 'b' now")):
+        with pytest.raises(OutputDirError, match=message):
+            log.add(record)
+        assert not log.path.exists()
+    assert json.loads((tmp_path / "identity.json").read_text()) == {"model": {"weights": "a"}}
 
 
 def test_a_baseline_runs_beside_the_model_with_the_samplers_it_has(tmp_path):

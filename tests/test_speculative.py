@@ -1,4 +1,4 @@
-"""The main job: records, summary, verdicts, figures, grids, resuming after a kill.
+"""The main job: records, summary, verdicts, figures, resuming after a kill.
 
 Verdicts are on fixed seeds; by the power of the tests, the sampler without a bug would miss its verdict less than once
 in 10^4 seeds, and a bug would pass less often than that.
@@ -18,12 +18,9 @@ import yaml
 from conftest import make_model, with_random_head
 
 from asarm.config import SamplerConfig
-from asarm.errors import ConfigError, OutputDirError
-from asarm.evals import run as run_module
-from asarm.evals import speculative
+from asarm.errors import OutputDirError
 from asarm.evals.config import SpeculativeConfig
 from asarm.evals.decode import decode
-from asarm.evals.grid import evaluate_grid, grid_report
 from asarm.evals.metrics import distinct, token_entropy
 from asarm.evals.records import RecordLog
 from asarm.evals.shards import Shard
@@ -256,45 +253,6 @@ def test_figures_are_drawn_again_from_the_records_alone(finished, tmp_path):
     assert all((folder / name).stat().st_size > 10_000 for name in names)
     with pytest.raises(OutputDirError, match="no finished run"):
         replot(tmp_path)
-
-
-def test_a_grid_is_a_run_a_cell_and_finished_cells_are_not_run_again(tmp_path, monkeypatch):
-    grid = {"k": [2], "order": ["any-subset", "left-to-right"]}
-    small = SMALL | {"num_sequences": 3, "max_length": 16, "samplers": ["sequential", "assd"], "grid": grid}
-    monkeypatch.setattr(speculative, "draw_plots", lambda *_: None)  # of each cell; not what is tested here
-    one = evaluate_grid(SpeculativeConfig(output_dir=str(tmp_path / "one"), **small))
-    assert one["complete"] and [(c["k"], c["order"]) for c in one["cells"]] == [(2, o) for o in grid["order"]]
-    cell = json.loads((tmp_path / "one" / "k=2,order=left-to-right" / "summary.json").read_text())
-    assert cell["config"]["k"] == 2 and cell["samplers"] == one["cells"][1]["samplers"]
-    assert len(grid_report(one).splitlines()) == 1 + 2 * 2 and (tmp_path / "one" / "grid.png").stat().st_size > 10_000
-
-    first = evaluate_grid(SpeculativeConfig(output_dir=str(tmp_path / "two"), shard="0/2", **small))
-    assert not first["complete"] and (first["recorded"], first["expected"]) == (8, 12)
-    assert not (tmp_path / "two" / "grid.json").exists()
-    second = evaluate_grid(SpeculativeConfig(output_dir=str(tmp_path / "two"), shard="1/2", **small))
-    for cell, same in zip(one["cells"], second["cells"], strict=True):
-        for name, row in cell["samplers"].items():
-            assert same["samplers"][name]["nfe_per_token"] == row["nfe_per_token"]
-
-    monkeypatch.setattr(run_module, "load", None)  # nothing is left that needs a model
-    assert evaluate_grid(SpeculativeConfig(output_dir=str(tmp_path / "one"), **small))["cells"] == one["cells"]
-    with pytest.raises(OutputDirError, match="num_sequences: 3 there, 4 now"):
-        evaluate_grid(SpeculativeConfig(output_dir=str(tmp_path / "one"), **small | {"num_sequences": 4}))
-
-
-@pytest.mark.parametrize(
-    ("grid", "message"),
-    [
-        ({"kk": [1]}, "grid must be made of settings .* got 'kk'"),
-        ({"k": 3}, "grid.k must be a list of values such as 5, got 3"),
-        ({"k": ["a"]}, "grid.k must be a list"),
-        ({"k": []}, "grid.k"),
-        ({"k": [0]}, "k must be at least 1, got 0"),
-    ],
-)
-def test_a_grid_that_makes_no_sense_is_refused_at_once(grid, message):
-    with pytest.raises(ConfigError, match=message):
-        SpeculativeConfig(grid=grid)
 
 
 CONFIGS = [path for path in (ROOT / "configs" / "eval").glob("*.yaml") if path.stem.startswith(("abl", "spec"))]

@@ -47,7 +47,21 @@ def test_files_are_short_and_say_what_they_are_for(path):
     assert text.count("\n") <= 320
 
 
-def test_readme_captions_every_module():
-    readme = (PACKAGE.parent / "README.md").read_text()
-    for path in MODULES:
-        assert path.name in readme, path
+def captions() -> dict[str, str]:
+    """Dotted module name -> caption, in the order of the README's tree of the package."""
+    tree = re.search(r"^asarm/\n((?:  .*\n)+)", (PACKAGE.parent / "README.md").read_text(), re.M)[1]
+    found, folders = {}, []
+    for line in tree.splitlines():
+        indent, name, caption = re.fullmatch(r"((?:  )+)(\S+)\s*(.*)", line).groups()
+        folders = folders[: len(indent) // 2 - 1]
+        if name.endswith("/"):
+            folders.append(name[:-1])
+        else:
+            found[".".join([*folders, name.removesuffix(".py")])] = caption
+    return found
+
+
+def test_the_readme_captions_every_module_in_the_reading_order():
+    tree = captions()
+    assert list(tree) == ["__init__", *reading_order()]
+    assert all(tree.values()) and "\\" not in "".join(tree.values())

@@ -11,6 +11,7 @@ ARCHITECTURES = {
 }
 POINTS = (0.2, 0.4, 0.6, 0.8)  # of the way through the masked tokens: where rounds are timed
 WARM_UP = 2  # rounds that are not counted
+LEAST_LENGTH = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +25,7 @@ class BenchDecodeConfig:
         k: tokens drafted a round.
         batch_sizes: sequences decoded together.
         dtypes: float32, bfloat16.
-        samplers: as in the evaluations.
+        samplers: as in the evaluations, all with the same k.
         compile: run the network through torch.compile (CUDA graphs on a GPU).
         rounds: timed rounds at each of four points on the way through a sequence.
         baseline: time Hugging Face's uncached XLNet and cached GPT-2 small as well.
@@ -55,7 +56,7 @@ class BenchDecodeConfig:
     seed: int = 0
 
     def __post_init__(self):
-        require(self.length >= 64, "length", self.length, "at least 64")
+        require(self.length >= LEAST_LENGTH, "length", self.length, f"at least {LEAST_LENGTH}")
         require(0 < self.masked_fraction <= 1, "masked_fraction", self.masked_fraction, "in (0, 1]")
         require(self.rounds >= 1, "rounds", self.rounds, "at least 1")
         require(self.acceptance_sequences >= 1, "acceptance_sequences", self.acceptance_sequences, "at least 1")
@@ -63,14 +64,14 @@ class BenchDecodeConfig:
             require(batch_size >= 1, "batch_sizes", batch_size, "at least 1")
         left, most = round(self.masked_fraction * self.length * (1 - POINTS[-1])), self.most_drawn(self.rounds)
         require(left >= most, "rounds", self.rounds, f"fewer: they draw up to {most} tokens where {left} are left")
-        least = round(self.most_drawn(rounds=1) / (1 - POINTS[-1]))
+        least = max(LEAST_LENGTH, round(self.most_drawn(rounds=1) / (1 - POINTS[-1])))
         for length in self.memory_lengths:
             require(length >= least, "memory_lengths", length, f"at least {least} with k = {self.k}")
-        for dtype in self.dtypes:
-            require(dtype in ("float32", "bfloat16"), "dtypes", dtype, "float32 or bfloat16")
+        _require_machine_settings(self.dtypes, self.num_threads)
         require(bool(self.samplers), "samplers", self.samplers, "a list of at least one")
         for name in self.samplers:
             self.sampler_config(name)
+            require(":" not in name, "samplers", name, "without a k of their own: give one for all with --k")
 
     def most_drawn(self, rounds: int) -> int:
         """The most tokens that the rounds at one point draw: two to warm up, and two times ``rounds``."""
@@ -112,5 +113,10 @@ class BenchTrainConfig:
         require(0 <= self.dropout < 1, "dropout", self.dropout, "in [0, 1)")
         for name, least in (("length", 2), ("batch_size", 1), ("repeats", 1)):
             require(getattr(self, name) >= least, name, getattr(self, name), f"at least {least}")
-        for dtype in self.dtypes:
-            require(dtype in ("float32", "bfloat16"), "dtypes", dtype, "float32 or bfloat16")
+        _require_machine_settings(self.dtypes, self.num_threads)
+
+
+def _require_machine_settings(dtypes: list[str], num_threads: int | None) -> None:
+    for dtype in dtypes:
+        require(dtype in ("float32", "bfloat16"), "dtypes", dtype, "float32 or bfloat16")
+    require(num_threads is None or num_threads >= 1, "num_threads", num_threads, "at least 1")

@@ -41,11 +41,18 @@ def model_of(config: BenchDecodeConfig, device: torch.device, dtype: str) -> Any
     return model
 
 
+def require_draft_heads(config: BenchDecodeConfig) -> None:
+    """Raise :class:`~asarm.errors.ConfigError` before anything is timed where a trained model has not the draft head
+    that a sampler needs."""
+    for model in {config.size, config.acceptance_model} - ARCHITECTURES.keys():
+        loaded, _ = load(model)
+        for name in config.samplers:
+            drafter_for(loaded, config.sampler_config(name))
+
+
 def acceptance_of(config: BenchDecodeConfig) -> dict[str, dict]:
     """Calls and rounds per token of every sampler, with a trained model on held-out text, in float32."""
     model, tokenizer = load(config.acceptance_model)
-    for name in config.samplers:
-        drafter_for(model, config.sampler_config(name))  # a missing draft head is an error now
     _, documents = load_text("samples", None, None, "validation")
     rows = [row for row in pack_all(documents, tokenizer, ACCEPTANCE_LENGTH) if len(row) == ACCEPTANCE_LENGTH]
     tasks = mask_rows(rows[: config.acceptance_sequences], 1 - config.masked_fraction, config.seed)

@@ -9,7 +9,7 @@ from ..loading import this_device
 from ..runlog import provenance
 from .baselines import gpt2_token_seconds, xlnet_call_seconds
 from .config import BenchDecodeConfig
-from .decode import ACCEPTANCE_LENGTH, acceptance_of, cost, model_of, streaming_seconds
+from .decode import ACCEPTANCE_LENGTH, acceptance_of, cost, model_of, require_draft_heads, streaming_seconds
 from .draft import draft_step_seconds
 from .memory import memory_of
 
@@ -21,6 +21,7 @@ def bench(config: BenchDecodeConfig) -> dict:
     device = this_device()
     for dtype in config.dtypes:
         warn_if_emulated(device, getattr(torch, dtype), "--dtypes float32")
+    require_draft_heads(config)
     acceptance = acceptance_of(config)
     rows, draft_steps = [], []
     for dtype in config.dtypes:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,49 +69,82 @@ def iterate_documents(path: Path, text_column: str = "text", wikitext: bool = Fa
     one document, or with ``wikitext`` one per article, split at its top-level `` = Title = `` headings. Raises
     :class:`DataFileError` for a file that is unreadable, cut off or malformed.
     """
-    try:
-        yield from (d for d in _all_documents(path, text_column, wikitext) if d.text.strip())
-    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
-        raise DataFileError(f"cannot read data file {str(path)!r}: {error}") from error
+    documents = _documents(path, text_column) if _holds_records(path) else _raw_documents(path, wikitext)
+    yield from (document for document in documents if document.text.strip())
 
 
-def _all_documents(path: Path, text_column: str, wikitext: bool) -> Iterator[Document]:
-    if path.suffix == ".parquet":
-        for number, record in enumerate(_parquet_records(path, text_column), 1):
-            yield to_document(record, text_column, f"{path}, row {number}")
-        return
-    with io.TextIOWrapper(pa.input_stream(str(path), compression="detect"), encoding="utf-8") as file:
-        if ".jsonl" in path.suffixes:
-            yield from _json_lines(file, path, text_column)
-        else:
-            yield from split_raw(file, wikitext)
+def _holds_records(path: Path) -> bool:
+    return path.suffix == ".parquet" or ".jsonl" in path.suffixes
 
 
-def to_document(record: object, text_column: str, where: str) -> Document:
+def _documents(path: Path, text_column: str) -> Iterator[Document]:
+    for where, record in iterate_records(path, (text_column, "source")):
+        yield to_document(to_object(record, where), text_column, where)
+
+
+def _raw_documents(path: Path, wikitext: bool) -> Iterator[Document]:
+    with _named_errors(path), _open_text(path) as file:
+        yield from split_raw(file, wikitext)
+
+
+def to_document(record: dict, text_column: str, where: str) -> Document:
     """A record as a document, a null as one without text; raises :class:`DataFileError` where the column is missing or
     holds something else."""
-    if not isinstance(record, dict) or not isinstance(record.get(text_column, 0), str | None):
+    if not isinstance(record.get(text_column, 0), str | None):
         raise DataFileError(f'{where}: expected an object with a string "{text_column}", got {str(record)[:60]!r}')
     return Document(record[text_column] or "", str(record.get("source", "")))
 
 
-def _parquet_records(path: Path, text_column: str) -> Iterator[dict]:
+def iterate_records(path: Path, columns: tuple[str, ...] = ()) -> Iterator[tuple[str, dict | str]]:
+    """The rows of a Parquet file, or the lines of any other, each after its place in words; lines are for
+    :func:`to_object` to read, empty ones are left out.
+
+    Of a Parquet file's columns those in ``columns`` are read, of which it must have the first, or all. Raises
+    :class:`DataFileError` for a file that is unreadable or cut off.
+    """
+    with _named_errors(path):
+        if path.suffix == ".parquet":
+            for number, record in enumerate(_parquet_rows(path, columns), 1):
+                yield f"{path}, row {number}", record
+        else:
+            with _open_text(path) as file:
+                for number, line in enumerate(file, 1):
+                    if line.strip():
+                        yield f"{path}, line {number}", line
+
+
+def to_object(record: dict | str, where: str) -> dict:
+    """A record of :func:`iterate_records`; raises :class:`DataFileError` for a line that is not a JSON object."""
+    if isinstance(record, dict):
+        return record
+    try:
+        value = json.loads(record)
+    except json.JSONDecodeError as error:
+        raise DataFileError(f"{where}: not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise DataFileError(f"{where}: not a JSON object: {record[:60]!r}")
+    return value
+
+
+def _parquet_rows(path: Path, columns: tuple[str, ...]) -> Iterator[dict]:
     file = pq.ParquetFile(path)
-    columns = file.schema_arrow.names
-    if text_column not in columns:
-        raise DataFileError(f"{path} has no column {text_column!r}; it has {columns}: name one with data.text_column")
-    for batch in file.iter_batches(batch_size=256, columns=[c for c in (text_column, "source") if c in columns]):
+    there = file.schema_arrow.names
+    if columns and columns[0] not in there:
+        raise DataFileError(f"{path} has no column {columns[0]!r}; it has {there}: name one with data.text_column")
+    for batch in file.iter_batches(batch_size=256, columns=[c for c in there if not columns or c in columns]):
         yield from batch.to_pylist()
 
 
-def _json_lines(file: Iterable[str], path: Path, text_column: str) -> Iterator[Document]:
-    for number, line in enumerate(file, 1):
-        if line.strip():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataFileError(f"{path}, line {number}: not JSON ({error})") from error
-            yield to_document(record, text_column, f"{path}, line {number}")
+def _open_text(path: Path) -> io.TextIOWrapper:
+    return io.TextIOWrapper(pa.input_stream(str(path), compression="detect"), encoding="utf-8")
+
+
+@contextmanager
+def _named_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
+        raise DataFileError(f"cannot read data file {str(path)!r}: {error}") from error
 
 
 def split_raw(file: Iterable[str], wikitext: bool) -> Iterator[Document]:

@@ -19,8 +19,11 @@ class CodeInfillConfig(InfillEvalConfig):
     """Infill lines and spans of HumanEval's programs: pass@k, exact match, edit similarity.
 
     Args:
+        model: embedded name (tiny-code), folder or Hub id.
+        output_dir: receives config.yaml, records.jsonl and summary.json; a run that was stopped goes on there
+            (default: runs/code_infill/BENCHMARK).
         benchmark: single-line, multi-line, random-span or random-span-light.
-        data_file: JSON lines of the benchmark's form (default: the published file in
+        data_file: JSON lines, compressed or not, or Parquet of the benchmark's form (default: the published file in
             ASARM_DATA_DIR/eval/humaneval_infill).
         num_samples: completions of each problem.
         pass_k: report pass@k for these k, from num_samples samples.
@@ -31,7 +34,8 @@ class CodeInfillConfig(InfillEvalConfig):
         workers: programs executed at the same time (default: one a core).
     """
 
-    output_dir: str = "runs/code_infill"
+    model: str = "tiny-code"
+    output_dir: str | None = None
     benchmark: str = "single-line"
     data_file: str | None = None
     num_samples: int = 1
@@ -44,6 +48,7 @@ class CodeInfillConfig(InfillEvalConfig):
     def __post_init__(self):
         super().__post_init__()
         require(self.benchmark in CODE_BENCHMARKS, "benchmark", self.benchmark, f"one of {', '.join(CODE_BENCHMARKS)}")
+        self.default_output_dir(f"runs/code_infill/{self.benchmark}")
         require(self.num_samples >= 1, "num_samples", self.num_samples, "at least 1")
         for k in self.pass_k:
             require(1 <= k <= self.num_samples, "pass_k", k, f"from 1 to num_samples, which is {self.num_samples}")

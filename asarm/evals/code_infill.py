@@ -18,6 +18,7 @@ from pathlib import Path
 
 from ..density import require_memory_for_density
 from ..infilling import InfillTask
+from ..loading import trained_length
 from ..runlog import write_atomic
 from ..tokenizer import TextTokenizer
 from .code_config import CodeInfillConfig
@@ -56,8 +57,10 @@ def evaluate(config: CodeInfillConfig) -> dict:
     source, problems = read_problems(config)
     sandbox = open_sandbox(config) if config.allow_code_execution else None
     run = EvalRun(config)
+    lengths = {}
     for candidate in run.candidates():
-        fill(run, candidate.without_special_tokens(), problems)
+        label = candidate.prefix.strip() or config.model
+        lengths[label] = fill(run, candidate.without_special_tokens(), problems)
     for system, complete in (GUESSERS | CONTROLS).items():
         for problem in run.todo(system, problems):
             run.add(system, problem.index, described(problem, complete(problem)))
@@ -67,7 +70,7 @@ def evaluate(config: CodeInfillConfig) -> dict:
     def summarise(records: dict[str, list[dict]]) -> dict:
         write_samples(run.folder, records)
         rows = {system: costs_and_likeness(of) for system, of in records.items() if system not in CONTROLS}
-        summary = {"samplers": rows, "text": source, "num_texts": len(problems), "execution": None}
+        summary = {"samplers": rows, "text": source, "num_texts": len(problems), "models": lengths, "execution": None}
         if sandbox:
             summary["execution"] = {"sandbox": sandbox.describe()} | add_scores(config, rows, records)
         return summary
@@ -82,8 +85,10 @@ def open_sandbox(config: CodeInfillConfig) -> Sandbox:
     return sandbox
 
 
-def fill(run: EvalRun, candidate: Candidate, problems: list[CodeProblem]) -> None:
-    """Draw and record every problem's completions. Sample s of problem p has the index p * num_samples + s.
+def fill(run: EvalRun, candidate: Candidate, problems: list[CodeProblem]) -> dict[str, int | None]:
+    """Draw and record every problem's completions. Sample s of problem p has the index p * num_samples + s. Returns how
+    long the rows of the model's training were (None: not known), and how many programs are longer; those are filled
+    like the rest, or it would be another benchmark.
 
     Raises :class:`TextError` for a vocabulary without line breaks and indentation. One that changes some programs all
     the same (XLNet's, with its whitespace map) only shows the model changed text, and the records say so.
@@ -101,6 +106,8 @@ def fill(run: EvalRun, candidate: Candidate, problems: list[CodeProblem]) -> Non
         return {"altered": changed[task.index // n], **described(problems[task.index // n], completion)}
 
     run.decode(candidate, tasks, describe)
+    trained = trained_length(candidate.model)
+    return {"trained_length": trained, "longer": sum(len(task.ids) > trained for task in encoded) if trained else None}
 
 
 def parts(problem: CodeProblem) -> tuple[str, str, str]:
@@ -203,6 +210,12 @@ def report(summary: dict) -> str:
     lines = [title, table(rows, headings, cell)]
     lines += [
         f"{system}: the vocabulary changes {row['altered']} programs" for system, row in rows.items() if row["altered"]
+    ]
+    lines += [
+        f"warning: {model} was trained on {of['trained_length']} tokens at a time, and {of['longer']} of "
+        f"{summary['num_texts']} programs are longer"
+        for model, of in summary["models"].items()
+        if of["longer"]
     ]
     if execution is None:
         return "\n".join([*lines, "no pass@k: nothing was executed; --allow_code_execution does that"])

@@ -1,11 +1,9 @@
 """The HumanEval infilling benchmark (Bavarian et al. 2022): programs with a gap, and the tests they must pass."""
 
-import gzip
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..data.sources import resolve_path
+from ..data.sources import iterate_records, resolve_path, to_object
 from ..errors import DataFileError
 from .code_config import CODE_BENCHMARKS, CodeInfillConfig
 
@@ -37,23 +35,19 @@ class CodeProblem:
 
 
 def read_problems(config: CodeInfillConfig) -> tuple[str, list[CodeProblem]]:
-    """The file's name, and the first ``limit`` problems of the published file or of any JSON lines of its form."""
+    """The file's name, and the first ``limit`` problems of the published file or of any records of its form."""
     name = config.data_file or f"{FOLDER}/{CODE_BENCHMARKS[config.benchmark]}"
     path = resolve_path(name)
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
-            records = [json.loads(line) for line in file if line.strip()]
-    except (OSError, EOFError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataFileError(f"cannot read {path}: {error}") from error
+    records = [to_object(record, where) for where, record in iterate_records(path)]
     if not records:
         raise DataFileError(f"{path} holds no problem")
     return name, _checked(path, records)[: config.limit]
 
 
-def _checked(path: Path, records: list) -> list[CodeProblem]:
+def _checked(path: Path, records: list[dict]) -> list[CodeProblem]:
     problems, seen = [], set()
     for number, record in enumerate(records, 1):
-        values = [record.get(key) for key in KEYS] if isinstance(record, dict) else [None] * len(KEYS)
+        values = [record.get(key) for key in KEYS]
         if missing := [key for key, value in zip(KEYS, values, strict=True) if not isinstance(value, str)]:
             raise DataFileError(f"{path}, problem {number} lacks {missing}; expected the published benchmark's form")
         problem = CodeProblem(number - 1, *values)

@@ -1,7 +1,9 @@
 """Settings of infilling, scoring and the evaluations; like :mod:`asarm.config`, it imports nothing heavy."""
 
 from dataclasses import dataclass, field, fields, replace
+from inspect import formatannotation
 from itertools import product
+from typing import get_args, get_origin
 
 from ..config import ONE_PASS, SamplerConfig, require
 
@@ -221,16 +223,23 @@ class SpeculativeConfig(DecodingConfig):
         known = {f.name for f in fields(self)} - {"grid", "replot", "output_dir", "json", "shard"}
         for key, values in self.grid.items():
             require(key in known, "grid", key, "made of settings of this evaluation")
-            now = getattr(self, key)
-            kind = (float, int) if isinstance(now, float) else object if now is None else type(now)
-            fits = isinstance(values, list) and bool(values) and all(isinstance(value, kind) for value in values)
-            require(fits, f"grid.{key}", values, f"a list of values such as {now!r}")
+            kind = next(f.type for f in fields(self) if f.name == key)
+            fits = isinstance(values, list) and bool(values) and all(_is_a(value, kind) for value in values)
+            require(fits, f"grid.{key}", values, f"a list of values of type {formatannotation(kind)}")
         points = [dict(zip(self.grid, values, strict=True)) for values in product(*self.grid.values()) if values]
         names = [",".join(f"{key}={value}" for key, value in point.items()) for point in points]
         return [
             replace(self, **point, grid={}, output_dir=f"{self.output_dir}/{name}")
             for point, name in zip(points, names, strict=True)
         ]
+
+
+def _is_a(value: object, kind: type) -> bool:
+    """Whether a value is of a setting's type: plain, optional, or a list of plain values. Whole numbers are floats."""
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(_is_a(item, *get_args(kind)) for item in value)
+    kinds = get_args(kind) or (kind,)
+    return isinstance(value, (*kinds, int) if float in kinds else kinds)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,19 +257,27 @@ class InfillEvalConfig(DecodingConfig):
         require(bool(self.samplers), "samplers", self.samplers, "a list of at least one")
         require(self.limit is None or self.limit >= 1, "limit", self.limit, "at least 1")
 
+    def default_output_dir(self, name: str) -> None:
+        """A folder for each task or benchmark, unless one is given: another's would be refused."""
+        if self.output_dir is None:
+            object.__setattr__(self, "output_dir", name)
+
 
 @dataclass(frozen=True, kw_only=True)
 class NlpInfillConfig(InfillEvalConfig):
     """Infill stories and last words, choose endings, fill the masks of a file.
 
     Args:
+        output_dir: receives config.yaml, records.jsonl and summary.json; a run that was stopped goes on there
+            (default: runs/nlp_infill/TASK).
         samplers: as above; hellaswag only scores and needs none.
         task: rocstories-1of5 (the third sentence of a story), rocstories-3of5 (the middle three), lambada (the last
             word), hellaswag (the likeliest of four endings) or infill-file (the masks of data_file).
         data_file: the task's file (default: that of ASARM_DATA_DIR; without it, for stories, those of
             eval_datasets/samples). rocstories: Story Cloze CSV, or JSON lines with "text" of five sentences. lambada:
             JSON lines with "context" and "continuation". hellaswag: "ctx", "endings" and "label". infill-file: "text"
-            with <mask> and <mask:n>, and "reference" or, for several gaps, "references" if there are any.
+            with <mask> and <mask:n>, and "reference" or, for several gaps, "references" if there are any. JSON lines
+            may be compressed (.gz, .zst), and Parquet stands for them.
         limit: only the first so many rows of the file (default: all).
         trials: how often each gap is filled.
         max_length: longer texts are skipped, in tokens (default: the length the model was trained on, where its folder
@@ -268,7 +285,7 @@ class NlpInfillConfig(InfillEvalConfig):
         causal_lm: left-to-right models (folder, or Hub id@revision) given the left context only, in the same run.
     """
 
-    output_dir: str = "runs/nlp_infill"
+    output_dir: str | None = None
     task: str = "rocstories-1of5"
     data_file: str | None = None
     trials: int = 1
@@ -278,6 +295,7 @@ class NlpInfillConfig(InfillEvalConfig):
     def __post_init__(self):
         super().__post_init__()
         require(self.task in NLP_TASKS, "task", self.task, f"one of {', '.join(NLP_TASKS)}")
+        self.default_output_dir(f"runs/nlp_infill/{self.task}")
         with_file = self.task != "infill-file" or self.data_file is not None
         require(with_file, "data_file", self.data_file, "given with the task infill-file: JSON lines with masked texts")
         require(self.trials >= 1, "trials", self.trials, "at least 1")

@@ -33,13 +33,13 @@ def evaluate_grid(config: SpeculativeConfig) -> dict:
     if not state["complete"]:
         return state
     rows = [
-        {key: getattr(cell, key) for key in config.grid} | {"samplers": summary["samplers"]}
+        {"settings": {key: getattr(cell, key) for key in config.grid}, "samplers": summary["samplers"]}
         for cell, summary in zip(cells, summaries, strict=True)
     ]
-    grid_figure(config.grid, rows).savefig(folder / "grid.png", dpi=150)
     origin = {"grid": config.grid, "config": asdict(config), "provenance": provenance()}
     result = state | {"cells": rows} | origin
     write_json(folder / "grid.json", result)
+    grid_figure(config.grid, rows).savefig(folder / "grid.png", dpi=150)
     return result
 
 
@@ -62,5 +62,5 @@ def grid_report(result: dict) -> str:
         for name, row in cell["samplers"].items():
             verdict = row["versus_sequential"].get("log_prob_per_token", {}).get("verdict", "")
             values = [with_interval(row, key) for key in COLUMNS]
-            lines.append([*(str(cell[key]) for key in grid), name, *values, verdict])
+            lines.append([*map(str, cell["settings"].values()), name, *values, verdict])
     return aligned(lines)

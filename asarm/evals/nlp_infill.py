@@ -67,12 +67,11 @@ def evaluate(config: NlpInfillConfig) -> dict:
 
 
 def evaluate_all(run: EvalRun, items: list[Item]) -> dict[str, dict]:
-    """Guessers, left-to-right models, any-subset models, on the same texts; returns for each model how long a text it
+    """Left-to-right models, any-subset models, guessers, on the same texts; returns for each model how long a text it
     takes (None: not known) and which it left out."""
     config, found = run.config, {}
     choosing = config.task == "hellaswag"
     guess, causal, model = (guess_choices, choose_causal, choose) if choosing else (guess_fills, fill_causal, fill)
-    guess(run, GUESSERS[config.task], items)
     for name in config.causal_lm:
         lm = CausalLM.from_pretrained(name, config.dtype)
         run.log.identify(lm.system, {"weights": lm.fingerprint})
@@ -86,6 +85,7 @@ def evaluate_all(run: EvalRun, items: list[Item]) -> dict[str, dict]:
             raise TextError(f"{config.model} can be asked none of {len(items)} texts; the first: {skipped[0].reason}")
         label = candidate.prefix.strip() or config.model
         found[label] = {"max_length": max_length, "skipped": [vars(s) for s in skipped]}
+    guess(run, GUESSERS[config.task], items)
     return found
 
 

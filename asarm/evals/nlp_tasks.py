@@ -5,17 +5,15 @@ file's rows. Whatever is wrong with the file as a whole is a :class:`~asarm.erro
 """
 
 import csv
-import gzip
-import json
 import os
 import re
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from ..data.datasets import SAMPLES
-from ..data.sources import resolve_path
+from ..data.sources import iterate_records, resolve_path, to_object
 from ..errors import DataFileError, TextError, UserError
 from ..tokenizer import GAP, require_gap
 
@@ -72,11 +70,11 @@ def read_items(task: str, data_file: str | None, limit: int | None) -> tuple[str
     """Where they come from, the task's items, and the rows that are none; of the first ``limit`` rows."""
     name = data_file or _default_file(task)
     path = resolve_path(name)
-    rows = (_csv_rows if path.suffix == ".csv" else _lines)(path)[:limit]
+    rows = (_csv_rows if path.suffix == ".csv" else iterate_records)(path)
     items, skipped = [], []
-    for index, row in enumerate(rows):
+    for index, (where, row) in enumerate(islice(rows, limit)):
         try:
-            items.append(PARSERS[task](index, row if isinstance(row, dict) else _json_object(row)))
+            items.append(PARSERS[task](index, to_object(row, where)))
         except UserError as error:
             skipped.append(Skipped(index, str(error)))
     if not items:
@@ -93,7 +91,7 @@ def _default_file(task: str) -> str:
     return f"$ASARM_DATA_DIR/{file}"
 
 
-def _csv_rows(path: Path) -> list[dict]:
+def _csv_rows(path: Path) -> list[tuple[str, dict]]:
     try:
         with open(path, newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
@@ -102,25 +100,7 @@ def _csv_rows(path: Path) -> list[dict]:
         raise DataFileError(f"cannot read {path}: {error}") from error
     if missing := COLUMNS - set(reader.fieldnames or ()):
         raise DataFileError(f"{path} lacks the columns {sorted(missing)} of the Story Cloze Test")
-    return rows
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
-            return [line for line in file if line.strip()]
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise DataFileError(f"cannot read {path}: {error}; expected JSON lines") from error
-
-
-def _json_object(line: str) -> dict:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataFileError(f"not JSON ({error}): {line[:60]!r}") from error
-    if not isinstance(record, dict):
-        raise DataFileError(f"not a JSON object: {line[:60]!r}")
-    return record
+    return [(f"{path}, row {number}", row) for number, row in enumerate(rows, 1)]
 
 
 def _text(value: object, key: str) -> str:

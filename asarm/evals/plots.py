@@ -222,7 +222,8 @@ def equivalence(rows: Rows, margin: float) -> Figure | None:
 def grid_figure(grid: dict[str, list], cells: list[dict]) -> Figure:
     """Measures of every sampler against the grid's first setting, a column of panels for each value of the others.
 
-    A cell holds its settings and, under ``samplers``, the rows of its summary. Baselines are left to the table.
+    A cell holds its ``settings`` and, under ``samplers``, the rows of its summary; a sampler's line has a point for
+    each cell that ran it. Baselines are left to the table.
     """
     labels = {
         "nfe_per_token": "calls/token",
@@ -236,14 +237,17 @@ def grid_figure(grid: dict[str, list], cells: list[dict]) -> Figure:
     numeric = all(isinstance(value, int | float) for value in grid[first])
     for column, values in enumerate(columns):
         point = dict(zip(others, values, strict=True))
-        mine = [cell for cell in cells if all(cell[key] == value for key, value in point.items())]
-        x = [cell[first] if numeric else grid[first].index(cell[first]) for cell in mine]
-        for axes, key in zip(panels[:, column], labels, strict=True):
-            for name in filter(lambda system: not model_of(system), mine[0]["samplers"]):
-                _with_intervals(axes, name, x, [cell["samplers"][name] for cell in mine], key)
+        mine = [cell for cell in cells if all(cell["settings"][key] == value for key, value in point.items())]
+        places = grid[first] if numeric else range(len(grid[first]))
+        x = [places[grid[first].index(cell["settings"][first])] for cell in mine]
+        for name in dict.fromkeys(name for cell in mine for name in cell["samplers"] if not model_of(name)):
+            having = [number for number, cell in enumerate(mine) if name in cell["samplers"]]
+            line = [mine[number]["samplers"][name] for number in having]
+            for axes, key in zip(panels[:, column], labels, strict=True):
+                _with_intervals(axes, name, [x[number] for number in having], line, key)
         panels[0, column].set_title(", ".join(f"{key} = {value}" for key, value in point.items()), fontsize=9)
         panels[-1, column].set_xlabel(first)
-        panels[-1, column].set_xticks(x, [str(cell[first]) for cell in mine])
+        panels[-1, column].set_xticks(x, [str(cell["settings"][first]) for cell in mine])
     for axes, label in zip(panels[:, 0], labels.values(), strict=True):
         axes.set_ylabel(label)
     _finish(figure, *panels.flat)
@@ -260,5 +264,5 @@ def _finish(figure: Figure, *panels: Axes) -> None:
     """Grid lines, and one legend beside all panels."""
     for axes in panels:
         axes.grid(alpha=0.3)
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", fontsize=8, frameon=False)
+    shown = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(shown.values(), shown.keys(), loc="outside right upper", fontsize=8, frameon=False)

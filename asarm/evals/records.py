@@ -24,32 +24,48 @@ class RecordLog:
     """The records of one run, keyed by (sampler, index): ``records.jsonl``, and ``records-IofN.jsonl`` of each shard
     while several processes are at work. A later phase has files of its own (``stem``) with the same keys.
 
-    Opening it checks that the folder holds no other run: its ``config.yaml`` must agree, and its ``identity.json``
-    (:meth:`identify`) holds what the settings only name (text, weights). A torn last line, as a kill leaves it, is cut
-    off.
+    A folder is a run's from the first record on, so that a start that failed leaves it to the next. Its ``config.yaml``
+    then holds the settings, and its ``identity.json`` what they only name (text, weights: :meth:`identify`); whoever
+    comes with others is refused. A torn last line, as a kill leaves it, is cut off.
     """
 
     def __init__(self, folder: Path, config: dict, shard: Shard, stem: str = "records"):
-        self.folder, self.stem = folder, stem
+        self.folder, self.config, self.stem = folder, config, stem
         self.path = folder / f"{stem}{shard.suffix}.jsonl"
-        config_path = folder / "config.yaml"
-        if config_path.exists():
-            check_same(folder, yaml.safe_load(config_path.read_text(encoding="utf-8")), config)
-        write_atomic(config_path, yaml.safe_dump(config, sort_keys=False))
+        self.identities: dict[str, dict] = {}
+        self.noted = False  # whether the folder says what this process knows of the run
+        self._check()
         cut_torn_line(self.path)
         self.records: dict[Key, dict] = {}
         self.reload()
 
+    def _check(self) -> dict[str, dict]:
+        """What the folder says that settings stand for; raises :class:`OutputDirError` if it is another run's."""
+        config_path, identity_path = self.folder / "config.yaml", self.folder / "identity.json"
+        if not config_path.exists():
+            return {}
+        check_same(self.folder, yaml.safe_load(config_path.read_text(encoding="utf-8")), self.config)
+        there = json.loads(identity_path.read_text(encoding="utf-8")) if identity_path.exists() else {}
+        for name, identity in self.identities.items():
+            if name in there:
+                check_same(self.folder, there[name], identity)
+        return there
+
+    def _note(self) -> None:
+        """Make the folder this run's, unless another process of another run was first."""
+        write_json(self.folder / "identity.json", self._check() | self.identities)
+        write_atomic(self.folder / "config.yaml", yaml.safe_dump(self.config, sort_keys=False))
+        self.noted = True
+
     def identify(self, name: str, identity: dict) -> None:
-        """Check, or note in a new run, what the setting ``name`` stands for."""
-        path = self.folder / "identity.json"
-        there = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        if name in there:
-            check_same(self.folder, there[name], identity)
-        else:
-            write_json(path, there | {name: identity})
+        """Say what the setting ``name`` stands for: checked now, noted with the next record."""
+        self.identities[name] = identity
+        self.noted = False
+        self._check()
 
     def add(self, record: dict) -> None:
+        if not self.noted:
+            self._note()
         append_line(self.path, record)
         self.records[record["sampler"], record["index"]] = record
 
@@ -66,6 +82,7 @@ class RecordLog:
 
     def merge(self, keys: list[Key]) -> None:
         """Once all ``keys`` are recorded: one file, in their order. Any number of processes may do so at once."""
+        self._note()
         shards = list(self.folder.glob(f"{self.stem}-*of*.jsonl"))
         self.records = {key: self.records[key] for key in keys}
         lines = (json.dumps(r, ensure_ascii=False, allow_nan=False) + "\n" for r in self.records.values())

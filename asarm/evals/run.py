@@ -44,7 +44,7 @@ class Candidate:
 
 
 class EvalRun:
-    """The output folder of an evaluation, opened: refuses a folder of other settings, knows what is recorded."""
+    """The output folder of an evaluation, opened: refuses one that holds another run, knows what is recorded."""
 
     def __init__(self, config: DecodingConfig):
         self.config = config
@@ -104,9 +104,10 @@ class EvalRun:
 
     def second_phase(self, stem: str, identity: dict) -> RecordLog:
         """Records of a phase that works on the first's, a line for each of them, in ``STEM.jsonl``."""
-        self.log.identify(stem, identity)
-        self.phases.append(RecordLog(self.folder, asdict(self.config), self.shard, stem))
-        return self.phases[-1]
+        log = RecordLog(self.folder, asdict(self.config), self.shard, stem)
+        log.identify(stem, identity)
+        self.phases.append(log)
+        return log
 
     def own_records(self) -> list[dict]:
         """Those of the first phase that are this process's share, all of them recorded."""

@@ -36,8 +36,7 @@ class Shard:
                 raise ConfigError(f"shard must be INDEX/COUNT, 0/4 for instance, got {setting!r}")
             return cls(int(match[1]), int(match[2]))
         process, processes = next((p for name in PROCESS if (p := _pair(name, environment))), (0, 1))
-        job, jobs = _pair(ARRAY, environment) or (0, 1)
-        job -= int(environment.get("SLURM_ARRAY_TASK_MIN", 0))
+        job, jobs = _array_share(environment)
         return cls(job * processes + process, jobs * processes)
 
     def take(self, items: list[Item]) -> list[Item]:
@@ -47,6 +46,23 @@ class Shard:
     def suffix(self) -> str:
         """Of the files that only this shard writes."""
         return f"-{self.index}of{self.count}" if self.count > 1 else ""
+
+
+def _array_share(environment: Mapping[str, str]) -> tuple[int, int]:
+    """(index, count) of a job among those of its array, which Slurm numbers from MIN to MAX in steps of STEP; raises
+    :class:`ConfigError` for an array with gaps, whose jobs cannot tell how many there are before them."""
+    if (pair := _pair(ARRAY, environment)) is None:
+        return 0, 1
+    task, count = pair
+    first, step = (int(environment.get(f"SLURM_ARRAY_TASK_{key}", value)) for key, value in (("MIN", 0), ("STEP", 1)))
+    last = int(environment.get("SLURM_ARRAY_TASK_MAX", first + (count - 1) * step))
+    tasks = range(first, last + 1, step)
+    if len(tasks) != count or task not in tasks:
+        raise ConfigError(
+            f"job {task} of an array of {count} from {first} to {last}: an array that shares a run has no gaps, as "
+            "--array=0-3 or --array=0-6:2; submit it so, or give each job its --shard INDEX/COUNT"
+        )
+    return tasks.index(task), count
 
 
 def _pair(names: tuple[str, str], environment: Mapping[str, str]) -> tuple[int, int] | None:
