@@ -106,8 +106,8 @@ class DataConfig:
     """Training text: files that are read into memory, or files or a Hub data set that are streamed.
 
     Args:
-        files: JSON lines, Parquet or raw text (a document a file), compressed (.gz, .zst) or not; environment variables
-            and wildcards are expanded.
+        files: JSON lines, Parquet or raw text (a document a file, or when streamed one for some 64,000 characters),
+            compressed (.gz, .zst) or not; environment variables and wildcards are expanded.
         dataset: instead of files, a Hub data set (Skylion007/openwebtext, bigcode/starcoderdata) or a folder in its
             form; always streamed.
         dataset_config: configuration name of the data set.
@@ -158,5 +158,5 @@ class DataConfig:
     def require_source(self) -> None:
         """Raise :class:`~asarm.errors.ConfigError` unless there is something to read, from one place."""
         if bool(self.files) == bool(self.dataset):
-            what = "both" if self.files else "nothing"
-            raise ConfigError(f"training reads its text from data.files or from data.dataset, and {what} is given")
+            what = "both are" if self.files else "nothing is"
+            raise ConfigError(f"training reads its text from data.files or from data.dataset, and {what} given")

@@ -61,6 +61,7 @@ def test_environment_variables_in_paths(tmp_path, monkeypatch):
         ("bad.jsonl.zst", b"not Zstandard", "cannot read data file"),
         ("cut.jsonl.gz", gzip.compress(b'{"text": "fine"}\n' * 99, mtime=0)[:-9], "Truncated"),
         ("bad.parquet", b"not Parquet", "cannot read data file"),
+        ("lines.json", b'{"text": "fine"}\n', "not read as raw text: give JSON lines"),
     ],
 )
 def test_file_errors(tmp_path, name, content, message):

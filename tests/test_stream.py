@@ -238,9 +238,30 @@ def test_errors_met_while_reading_are_named(tmp_path, tokenizer, config, num_wor
     (tmp_path / "bad.jsonl").write_text(json.dumps({"text": "fine"}) + "\n" + '{"text":\n')
     with pytest.raises(DataFileError, match=r"^\S*bad.jsonl, line 2: not JSON"):
         next(open_rows(replace(changed, files=[str(tmp_path / "bad.jsonl")]), tokenizer, 0).batches(0, STEP))
-    (tmp_path / "few.jsonl").write_text(json.dumps({"text": "a document of its own " * 20}) + "\n")
+    (tmp_path / "1.txt").write_text("a text that is long enough for a row " * 20)
+    for i in (2, 3, 4):
+        (tmp_path / f"{i}.txt").write_text("\n" if i == 3 else "a line\n" * 20_000)
     with pytest.raises(DataFileError, match=r"^stream \d of 4 has no document in epoch 0: give more text, or fewer"):
-        next(open_rows(replace(changed, files=[str(tmp_path / "few.jsonl")]), tokenizer, 0).batches(0, STEP))
+        next(open_rows(replace(changed, files=[str(tmp_path / "?.txt")]), tokenizer, 0).batches(0, STEP))
+
+
+def test_raw_text_is_streamed_a_piece_at_a_time(tmp_path, tokenizer, config, monkeypatch):
+    """One file for all streams: piece n is in stream n % 4, and together they are the file."""
+    monkeypatch.setattr(stream, "PIECE", 300)
+    text = "".join(f"This is line number {i}.\n" for i in range(400))
+    (tmp_path / "long.txt").write_text(text)
+    rows, _ = read(replace(config, files=[str(tmp_path / "long.txt")], shuffle_buffer=1), tokenizer, steps=30)
+    by_stream = [documents_of(rows, STREAMS, s, tokenizer)[:6] for s in range(STREAMS)]
+    pieces = [f"{piece}\n" for turn in zip(*by_stream, strict=True) for piece in turn]
+    assert len(pieces) == 6 * STREAMS and all(300 <= len(piece) < 330 for piece in pieces)
+    assert text.startswith("".join(pieces))
+
+
+def test_too_few_documents_are_named_before_anything_is_read(tmp_path, tokenizer, config):
+    (tmp_path / "few.jsonl").write_text(json.dumps({"text": "a document of its own " * 20}) + "\n")
+    message = r"few.jsonl'\] hold 1 document\(s\), which cannot be dealt into 4 data.streams; give more text, or fewer"
+    with pytest.raises(DataFileError, match=message):
+        open_rows(replace(config, files=[str(tmp_path / "few.jsonl")]), tokenizer, 0)
 
 
 @pytest.mark.parametrize(
@@ -254,8 +275,8 @@ def test_errors_met_while_reading_are_named(tmp_path, tokenizer, config, num_wor
         ({"streams": 0}, ConfigError, "data.streams must be at least 1, got 0"),
         ({"shuffle_buffer": 0}, ConfigError, "data.shuffle_buffer"),
         ({"num_workers": -1}, ConfigError, "data.num_workers"),
-        ({"dataset": "someone/text"}, ConfigError, "data.files, data.dataset must be one of the two"),
-        ({"files": []}, ConfigError, "data.files, data.dataset must be one of the two"),
+        ({"dataset": "someone/text"}, ConfigError, "data.files or from data.dataset, and both are given"),
+        ({"files": []}, ConfigError, "data.files or from data.dataset, and nothing is given"),
     ],
 )
 def test_errors_before_anything_is_read(tokenizer, config, changes, error, message):

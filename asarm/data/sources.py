@@ -62,18 +62,23 @@ def read_documents(name: str, wikitext: bool = False) -> list[Document]:
     return documents
 
 
-def iterate_documents(path: Path, text_column: str = "text", wikitext: bool = False) -> Iterator[Document]:
+def iterate_documents(
+    path: Path, text_column: str = "text", wikitext: bool = False, piece: int | None = None
+) -> Iterator[Document]:
     """The documents of a file, one after another; those without text are left out.
 
     JSON lines and Parquet: a record with ``text_column`` (and optionally ``source``) each. Any other file is raw text:
-    one document, or with ``wikitext`` one per article, split at its top-level `` = Title = `` headings. Raises
-    :class:`DataFileError` for a file that is unreadable, cut off or malformed.
+    one document, or with ``wikitext`` one per article, split at its top-level `` = Title = `` headings; with ``piece``
+    one for so many characters, up to the end of a line. Raises :class:`DataFileError` for a file that is unreadable,
+    cut off or malformed.
     """
-    documents = _documents(path, text_column) if _holds_records(path) else _raw_documents(path, wikitext)
+    documents = _documents(path, text_column) if _holds_records(path) else _raw_documents(path, wikitext, piece)
     yield from (document for document in documents if document.text.strip())
 
 
 def _holds_records(path: Path) -> bool:
+    if ".json" in path.suffixes:
+        raise DataFileError(f"{path} is not read as raw text: give {FORMS}")
     return path.suffix == ".parquet" or ".jsonl" in path.suffixes
 
 
@@ -82,9 +87,9 @@ def _documents(path: Path, text_column: str) -> Iterator[Document]:
         yield to_document(to_object(record, where), text_column, where)
 
 
-def _raw_documents(path: Path, wikitext: bool) -> Iterator[Document]:
+def _raw_documents(path: Path, wikitext: bool, piece: int | None) -> Iterator[Document]:
     with _named_errors(path), _open_text(path) as file:
-        yield from split_raw(file, wikitext)
+        yield from split_raw(file, wikitext, piece)
 
 
 def to_document(record: dict, text_column: str, where: str) -> Document:
@@ -147,12 +152,14 @@ def _named_errors(path: Path) -> Iterator[None]:
         raise DataFileError(f"cannot read data file {str(path)!r}: {error}") from error
 
 
-def split_raw(file: Iterable[str], wikitext: bool) -> Iterator[Document]:
-    """Raw lines as one document, or as WikiText's articles."""
-    lines: list[str] = []
+def split_raw(file: Iterable[str], wikitext: bool, piece: int | None = None) -> Iterator[Document]:
+    """Raw lines as one document, as WikiText's articles, or as documents of about ``piece`` characters."""
+    lines, size = [], 0
     for line in file:
-        if wikitext and WIKITEXT_TITLE.match(line.rstrip("\n")):
-            yield Document("".join(lines).strip(), "wikitext")
-            lines = []
+        begins_article = wikitext and WIKITEXT_TITLE.match(line.rstrip("\n"))
+        if begins_article or (piece is not None and size >= piece):
+            yield Document("".join(lines).strip(), "wikitext" if wikitext else "raw")
+            lines, size = [], 0
         lines.append(line)
+        size += len(line)
     yield Document("".join(lines).strip(), "wikitext" if wikitext else "raw")

@@ -14,7 +14,7 @@ import atexit
 import math
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import groupby, islice
@@ -34,6 +34,7 @@ from .datasets import explained, open_hub
 from .packing import rank_indices, tokenize
 from .sources import Document, find_files, iterate_documents
 
+PIECE = 2**16  # characters of raw text that are a document of their own, so that it is streamed as well
 DOCUMENTS_READ = 32  # tokenised together; a state points at such a batch and into it
 START = {"row": 0, "epoch": 0, "source": None, "used": 0}
 
@@ -45,7 +46,13 @@ def open_text(config: DataConfig) -> tuple[IterableDataset, str]:
         return open_hub(config.dataset, config.dataset_config, config.split, **where), config.text_column
     files = find_files(config.files)
     for path in files:
-        next(iterate_documents(path, config.text_column), None)  # a file that is not as it should be: say so now
+        next(_documents([path], config.text_column), None)  # a file that is not as it should be: say so now
+    found = sum(1 for _ in islice(_documents(files, config.text_column), config.streams))
+    if found < config.streams:
+        raise DataFileError(
+            f"{config.files} hold {found} document(s), which cannot be dealt into {config.streams} data.streams; give "
+            "more text, or fewer data.streams, or leave data.streaming out"
+        )
     make = {"files": [str(path) for path in files], "text_column": config.text_column}
     try:
         return IterableDataset.from_generator(_texts, gen_kwargs=make), "text"
@@ -54,9 +61,13 @@ def open_text(config: DataConfig) -> tuple[IterableDataset, str]:
 
 
 def _texts(files: list[str], text_column: str) -> Iterator[dict[str, str]]:
-    for file in files:
-        for document in iterate_documents(Path(file), text_column):
-            yield {"text": document.text}
+    for document in _documents(map(Path, files), text_column):
+        yield {"text": document.text}
+
+
+def _documents(files: Iterable[Path], text_column: str) -> Iterator[Document]:
+    for path in files:
+        yield from iterate_documents(path, text_column, piece=PIECE)
 
 
 @dataclass(frozen=True)
