@@ -112,6 +112,7 @@ def _with_fills(tokenizer: TextTokenizer, masked: MaskedText, fills: list[str]) 
         fill_ids, piece_ids = tokenizer.encode(fill), tokenizer.encode(piece)
         if not fill_ids:
             raise TextError(f"fill {fill!r} has no token; an empty fill has no probability to score")
+        tokenizer.check_lossless(fill)
         ids += fill_ids + piece_ids
         visible += [False] * len(fill_ids) + [True] * len(piece_ids)
     return ids, visible

@@ -7,11 +7,15 @@ import sys
 import time
 
 import pytest
+from conftest import make_model
+from tokenizers import Regex, normalizers
 
 from asarm import Law, TextTokenizer
 from asarm.cli import main
+from asarm.errors import TextError
 from asarm.infilling import infill, score_text
 from asarm.loading import load
+from asarm.tokenizer import train_byte_level_bpe
 
 
 def run(*arguments, **environment):
@@ -85,6 +89,16 @@ def test_score_of_fills_and_of_a_whole_text(tiny):
 
     done = run("score", "--text", "Once upon a <mask> there was a girl.", "--fills", " time,", "--json")
     assert json.loads(done.stdout)["log_prob"] == pytest.approx(likely.log_prob, abs=1e-4)
+
+
+def test_a_text_or_fill_that_the_vocabulary_changes_is_not_scored():
+    backend = train_byte_level_bpe(["the cat sat on the mat"], 300)
+    backend.normalizer = normalizers.Replace(Regex(r"\s+"), " ")
+    model, tokenizer = make_model(vocab_size=300, mask_token_id=6), TextTokenizer(backend)
+    for text, fills in (("a\nb", None), ("a\nb <mask>", ["c"]), ("a <mask>", ["x\ny"]), ("a <mask>", ["x  y"])):
+        with pytest.raises(TextError, match="does not keep the text"):
+            score_text(model, tokenizer, text, fills)
+    assert "".join(score_text(model, tokenizer, "a <mask>", [" x y"]).tokens) == " x y"
 
 
 def test_held_out_likelihood_falls_with_more_context(tmp_path):
