@@ -12,10 +12,13 @@ from tokenizers import Regex, normalizers
 
 from asarm import Law, TextTokenizer
 from asarm.cli import main
-from asarm.errors import TextError
+from asarm.config import DataConfig
+from asarm.errors import ModelNotFoundError, TextError
 from asarm.infilling import infill, score_text
 from asarm.loading import load
 from asarm.tokenizer import train_byte_level_bpe
+from asarm.train.config import TrainConfig
+from asarm.train.loop import train
 
 
 def run(*arguments, **environment):
@@ -126,13 +129,13 @@ def test_held_out_likelihood_falls_with_more_context(tmp_path):
     ("arguments", "message"),
     [
         (["infill", "--text", "nothing to fill"], "no <mask>"),
-        (["infill", "--text", "a <mask>", "--model", "no/such-model"], "no/such-model"),
+        (["infill", "--text", "a <mask>", "--model", "no/such-model"], "no model 'no/such-model'"),
         (
             ["infill", "--text", "a <mask>", "--model", "no/such-model", "--tokenizer", "tiny-english"],
             "no model 'no/such-model'",
         ),
         (["infill", "--text", "a <mask>", "--revision", "v9"], "no revision 'v9'"),
-        (["infill", "--text", "a <mask>", "--model", "/etc"], "/etc has no tokenizer.json"),
+        (["infill", "--text", "a <mask>", "--model", "/etc"], "no model '/etc'"),
         (["infill", "--text", "a <mask>", "--k", "0"], "k must be at least 1, got 0"),
         (["infill", "--text", "a <mask>", "--temperature", "0"], "temperature must be above 0"),
         (["infill", "--text", "a <mask>", "--temperature", "-1"], "got -1.0"),
@@ -155,6 +158,19 @@ def test_a_mistake_is_one_plain_line_and_status_two(arguments, message, tmp_path
     stderr = capsys.readouterr().err.strip()
     assert message in stderr and stderr.splitlines()[-1].startswith("error: ")
     assert not (tmp_path / "records.jsonl").exists()
+
+
+def test_a_mistyped_model_is_answered_with_the_models_there_are(tmp_path):
+    training = TrainConfig(model="nosuch", output_dir=str(tmp_path), data=DataConfig(files=["nowhere.txt"]))
+    for use in (lambda: load("nosuch"), lambda: train(training)):
+        with pytest.raises(ModelNotFoundError, match=r"no model 'nosuch' .* embedded name .*tiny-english"):
+            use()
+
+
+def test_a_model_without_a_tokenizer_is_told_how_to_name_one(tmp_path):
+    make_model().save_pretrained(tmp_path)
+    with pytest.raises(ModelNotFoundError, match=r"has no tokenizer.json.* --tokenizer"):
+        load(str(tmp_path))
 
 
 @pytest.mark.parametrize(
