@@ -194,6 +194,9 @@ def test_the_bigram_draft_follows_the_context_and_backs_off():
         (lambda m: SamplerConfig(top_p=1.5), ConfigError, r"top_p must be in \(0, 1\], got 1.5"),
         (lambda m: SamplerConfig(accept_slack=-0.1), ConfigError, "accept_slack must be 0 or more, got -0.1"),
         (lambda m: SamplerConfig("parallel", accept_slack=0.1), ConfigError, "accept_slack .* got 'parallel'"),
+        (lambda m: SamplerConfig(accept_slack=0.1, top_k=20), ConfigError, "accept_slack must be 0 with .* got 0.1"),
+        (lambda m: SamplerConfig(accept_slack=0.1, top_p=0.9), ConfigError, "accept_slack must be 0 with .* got 0.1"),
+        (lambda m: SamplerConfig(accept_slack=0.1, greedy=True), ConfigError, "accept_slack must be 0 with .* got 0.1"),
         (lambda m: SamplerConfig("assd-ngram", one_pass=True), ConfigError, "one_pass .* got 'assd-ngram'"),
         (
             lambda m: sample(
