@@ -3,13 +3,17 @@
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from threading import Barrier
 
 import pytest
 from conftest import make_model
 
 from asarm.config import SamplerConfig
-from asarm.errors import ConfigError
+from asarm.errors import ConfigError, OutputDirError
 from asarm.evals.config import SpeculativeConfig
+from asarm.evals.records import RecordLog
 from asarm.evals.shards import Shard
 from asarm.evals.speculative import evaluate
 from asarm.runlog import read_lines
@@ -104,7 +108,42 @@ def test_a_baseline_runs_beside_the_model_with_the_samplers_it_has(tmp_path):
     assert list(summary["samplers"]) == ["sequential", "assd-head:4", f"{folder} sequential"]
     own, baseline = summary["samplers"]["sequential"], summary["samplers"][f"{folder} sequential"]
     assert own["log_prob_per_token"] > baseline["log_prob_per_token"] + 1, "random weights know no English"
-    assert json.loads((tmp_path / "out" / "identity.json").read_text())[f"{folder} model"]["weights"]
+    noted = [json.loads(path.read_text()) for path in (tmp_path / "out" / "identity").iterdir()]
+    assert [name for names in noted for name in names if name == f"{folder} model"]
+
+
+def in_threads(calls: list) -> list[str]:
+    """Call all at the same time; what each came to: ``done``, or why it was refused."""
+    together = Barrier(len(calls))
+
+    def outcome(call) -> str:
+        together.wait()
+        try:
+            call()
+        except OutputDirError as error:
+            return str(error)
+        return "done"
+
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return list(pool.map(outcome, calls))
+
+
+def test_processes_that_start_together_lose_nobodys_identity(tmp_path):
+    logs = [RecordLog(tmp_path, {}, Shard(i, 8)) for i in range(8)]
+    assert (
+        in_threads([partial(log.identify, f"model {i}", {"weights": i}) for i, log in enumerate(logs)]) == ["done"] * 8
+    )
+    again = [RecordLog(tmp_path, {}, Shard(i, 8)) for i in range(8)]
+    refused = in_threads([partial(log.identify, f"model {i}", {"weights": "other"}) for i, log in enumerate(again)])
+    assert all(f"weights: {i} there, 'other' now" in why for i, why in enumerate(refused))
+
+
+def test_of_processes_that_start_together_with_other_weights_one_goes_on(tmp_path):
+    logs = [RecordLog(tmp_path, {}, Shard(i, 8)) for i in range(8)]
+    outcomes = in_threads([partial(log.identify, "model", {"weights": i}) for i, log in enumerate(logs)])
+    assert outcomes.count("done") == 1
+    kept = outcomes.index("done")
+    assert all(f"weights: {kept} there, {i} now" in outcomes[i] for i in range(8) if i != kept)
 
 
 def test_a_sampler_may_name_its_own_k():

@@ -7,7 +7,7 @@ from pathlib import Path
 import yaml
 
 from ..errors import OutputDirError
-from ..runlog import append_line, cut_torn_line, read_lines, write_atomic, write_json
+from ..runlog import append_line, create_json, cut_torn_line, read_lines, write_atomic
 from .shards import Shard
 
 # settings that may differ when a run goes on
@@ -24,7 +24,7 @@ class RecordLog:
     """The records of one run, keyed by (sampler, index): ``records.jsonl``, and ``records-IofN.jsonl`` of each shard
     while several processes are at work. A later phase has files of its own (``stem``) with the same keys.
 
-    Opening it checks that the folder holds no other run: its ``config.yaml`` must agree, and its ``identity.json``
+    Opening it checks that the folder holds no other run: its ``config.yaml`` must agree, and its folder ``identity``
     (:meth:`identify`) holds what the settings only name (text, weights). A torn last line, as a kill leaves it, is cut
     off.
     """
@@ -42,12 +42,10 @@ class RecordLog:
 
     def identify(self, name: str, identity: dict) -> None:
         """Check, or note in a new run, what the setting ``name`` stands for."""
-        path = self.folder / "identity.json"
-        there = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        if name in there:
-            check_same(self.folder, there[name], identity)
-        else:
-            write_json(path, there | {name: identity})
+        path = self.folder / "identity" / f"{fingerprint(name)}.json"  # one each: nobody overwrites what another noted
+        path.parent.mkdir(exist_ok=True)
+        if not create_json(path, {name: identity}):
+            check_same(self.folder, json.loads(path.read_text(encoding="utf-8"))[name], identity)
 
     def add(self, record: dict) -> None:
         append_line(self.path, record)
