@@ -37,7 +37,7 @@ class SamplerConfig:
         draft_only_temperature: the temperature shapes only the drafts after the first; the law is that of temperature 1
             (an ablation of Guo & Ermon 2025).
         accept_slack: added to the probability of keeping a draft; above 0 the law is lost (an ablation of Guo & Ermon
-            2025).
+            2025; not with greedy, top_k or top_p).
         banned_ids: token ids that are never drawn; the mask token always is one.
         compile: run the network through torch.compile (CUDA graphs on a GPU); pays for itself in long runs.
     """
@@ -71,6 +71,9 @@ class SamplerConfig:
         require(drafts or not self.draft_only_temperature, "draft_only_temperature", self.name, "used with assd")
         require(self.accept_slack >= 0, "accept_slack", self.accept_slack, "0 or more")
         require(drafts or not self.accept_slack, "accept_slack", self.name, "used with assd")
+        whole = not self.greedy and self.top_k is None and self.top_p is None
+        rule = "0 with greedy, top_k or top_p, under which a draft that is kept too readily can have probability 0"
+        require(whole or not self.accept_slack, "accept_slack", self.accept_slack, rule)
 
     @classmethod
     def named(cls, name: str, one_pass: bool | None = False, **settings) -> "SamplerConfig":

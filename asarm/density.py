@@ -84,16 +84,6 @@ def cross_entropy_sum(
     return ProjectedCrossEntropy.apply(hidden_TE, model.lm_loss.weight, model.lm_loss.bias, target_T, weight_T)
 
 
-def negative_log_likelihood(model: AnySubsetLM, ids_BN: torch.Tensor, order: Order) -> tuple[torch.Tensor, int]:
-    """Sum over all masked tokens of -log p(token | what precedes it in the order), in nats, and their number.
-
-    Differentiable; this is the joint training objective (Guo & Ermon 2025).
-    """
-    hidden_TE, flat_T = target_states(model, ids_BN, order)
-    weight_T = torch.ones(len(flat_T), device=ids_BN.device)
-    return cross_entropy_sum(model, hidden_TE, ids_BN.flatten()[flat_T], weight_T), len(flat_T)
-
-
 def require_memory_for_density(model: AnySubsetLM, batch: int, length: int) -> None:
     """Raise :class:`~asarm.errors.MemoryBudgetError` where scoring such a batch would not fit."""
     need = call_bytes(model, batch, length, 2 * length, min(PROJECTION_ROWS, batch * length))

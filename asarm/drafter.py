@@ -6,6 +6,7 @@ logits that the trunk has given already. No step multiplies by the trunk's own v
 """
 
 import weakref
+from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
@@ -102,10 +103,10 @@ _DRAFTERS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 def attach_draft_head(trunk: AnySubsetLM, head: DraftHead) -> None:
-    """Let samplers of ``trunk`` draft with ``head``, as it is now, instead of one that lies beside the trunk's
-    files."""
+    """Let samplers of ``trunk`` draft with a copy of ``head``, as it is now, instead of one that lies beside the
+    trunk's files."""
     require_trunk(head, trunk, "the head to attach")
-    _DRAFTERS[trunk] = Drafter(head.to(trunk.device, trunk.dtype).eval())
+    _DRAFTERS[trunk] = Drafter(deepcopy(head).to(trunk.device, trunk.dtype).eval())
 
 
 def drafter_of(trunk: AnySubsetLM) -> Drafter | None:

@@ -11,12 +11,14 @@ The results are those of :meth:`asarm.model.AnySubsetLM.forward` up to rounding;
 
 import warnings
 import weakref
+from collections.abc import Callable, Iterable
 
 import torch
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
 from .cache import SlotCache
+from .errors import ConfigError
 from .model import AnySubsetLM, Layer
 from .orders import Rows
 
@@ -83,6 +85,35 @@ class EngineLayer:
         self.outer = Projection(ff.layer_2.weight.detach(), ff.layer_2.bias.detach(), None, packed)
         self.attention_norm, self.ff_norm = attention.layer_norm, ff.layer_norm
 
+    def own_tensors(self) -> list[torch.Tensor]:
+        """The tensors that are not the model's own parameters."""
+        projections = (self.query, self.key_value, self.out, self.inner, self.outer)
+        weights = [t for p in projections for t in (p.weight, p.bias_O) if t is not None]
+        return [self.to_relative_H1D, *weights]
+
+
+def compiled(function: Callable[..., torch.Tensor], device: torch.device) -> Callable[..., torch.Tensor]:
+    """``function`` through :func:`torch.compile`, with a graph for every shape of its arguments.
+
+    Raises :class:`~asarm.errors.ConfigError` at a shape that is one too many for the process, where torch.compile would
+    go on without compiling, and that from the ninth on.
+    """
+    by_shape = torch.compile(function, mode="reduce-overhead" if device.type == "cuda" else None, dynamic=False)
+    most = torch._dynamo.config.accumulated_recompile_limit
+    limits = torch._dynamo.config.patch(recompile_limit=most, fail_on_recompile_limit_hit=True)
+
+    def call(*arguments) -> torch.Tensor:
+        try:
+            with limits:
+                return by_shape(*arguments)
+        except torch._dynamo.exc.FailOnRecompileLimitHit as error:
+            raise ConfigError(
+                f"compile makes a graph for every shape of a call, and one process at most {most}: leave it out, or "
+                "decode fewer lengths, batch sizes and values of k in one process"
+            ) from error
+
+    return call
+
 
 class Engine:
     """``model`` prepared for decoding; :func:`engine_of` makes it once and keeps it until the weights change."""
@@ -96,20 +127,26 @@ class Engine:
         self.static, self.few_rows = compile, FEW_ROWS if packed else 1
         self.made_from: list = []
         self._sources = [p.detach() for p in model.parameters()]  # alive, so that their addresses tell them apart
-        mode = "reduce-overhead" if self.device.type == "cuda" else None
-        self._decode = torch.compile(self._rows, mode=mode, dynamic=False) if compile else self._rows
+        self._decode = compiled(self._rows, self.device) if compile else self._rows
         self._relative_keys = (0, torch.empty(0))
+        self._keep_in_place(tensor for layer in self.layers for tensor in layer.own_tensors())
+
+    def _keep_in_place(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Let captured graphs read and write them where they are; what is not marked is copied at every replay."""
+        if self.static:
+            for tensor in tensors:
+                torch._dynamo.mark_static_address(tensor)
 
     def new_cache(self, batch: int, length: int) -> SlotCache:
         cache = SlotCache(self.config, batch, length, self.dtype, self.device)
-        if self.static:  # a captured graph writes where it was captured
-            torch._dynamo.mark_static_address(cache.key_value_LB2HSD)
+        self._keep_in_place([cache.key_value_LB2HSD])
         return cache
 
     def relative_keys(self, length: int) -> torch.Tensor:
         """Relative-position keys for ``length``, scaled by D^-0.5: [L, H, 2N-1, D]. Projected once per length."""
         if self._relative_keys[0] != length:
             self._relative_keys = (length, self.trunk.relative_keys(length) * self.config.d_head**-0.5)
+            self._keep_in_place([self._relative_keys[1]])
         return self._relative_keys[1]
 
     def prefill(

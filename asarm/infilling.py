@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .config import SamplerConfig
+from .config import SamplerConfig, require
 from .density import conditional_log_probs
 from .errors import TextError
 from .law import Law
@@ -57,6 +57,7 @@ def infill(
     Outside the gaps the text is kept to the byte; a text that the vocabulary cannot hold is refused. Special tokens
     that stand for no text are never drawn. Raises :class:`TextError` for a text without a gap.
     """
+    require(num_samples >= 1, "num_samples", num_samples, "at least 1")
     masked = tokenizer.encode_masked(text)
     config = without_special_tokens(config or SamplerConfig(), tokenizer)
     tasks = [InfillTask(masked.ids, masked.visible, index) for index in range(num_samples)]
@@ -112,6 +113,7 @@ def _with_fills(tokenizer: TextTokenizer, masked: MaskedText, fills: list[str]) 
         fill_ids, piece_ids = tokenizer.encode(fill), tokenizer.encode(piece)
         if not fill_ids:
             raise TextError(f"fill {fill!r} has no token; an empty fill has no probability to score")
+        tokenizer.check_lossless(fill)
         ids += fill_ids + piece_ids
         visible += [False] * len(fill_ids) + [True] * len(piece_ids)
     return ids, visible

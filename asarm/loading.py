@@ -9,7 +9,7 @@ from transformers.utils import logging
 
 from .engine import warn_if_emulated
 from .errors import CheckpointMismatchError, ModelNotFoundError, reason
-from .model import AnySubsetLM
+from .model import AnySubsetLM, require_model
 from .tokenizer import TextTokenizer
 
 
@@ -41,8 +41,10 @@ def load_tokenizer(
     model: str | None, revision: str, tokenizer: str | None, whitespace_map: str | None = None
 ) -> TextTokenizer:
     """``tokenizer`` if it is named, else the model's own at the model's revision."""
-    where = (tokenizer, "main") if tokenizer else (model, revision)
-    return TextTokenizer.from_pretrained(*where, whitespace_map)
+    if tokenizer:
+        return TextTokenizer.from_pretrained(tokenizer, whitespace_map=whitespace_map)
+    require_model(model, revision)  # of a model that does not exist, not the tokenizer is what is missing
+    return TextTokenizer.from_pretrained(model, revision, whitespace_map)
 
 
 def check_vocabulary(model: AnySubsetLM, tokenizer: TextTokenizer) -> None:

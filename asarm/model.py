@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, XLNetConfig
 from transformers import initialization as init
 from transformers.activations import ACT2FN
+from transformers.utils import cached_file
 
 from .attention import RelativeAttention, Sight, relative_encoding
 from .config import require
@@ -41,6 +42,25 @@ def parameters_fingerprint(module: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(parameter.detach().bfloat16().cpu().view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def no_model(name_or_path, revision: str, why: str) -> ModelNotFoundError:
+    """What to say of a name that does not resolve."""
+    return ModelNotFoundError(
+        f"no model {str(name_or_path)!r} at revision {revision!r}: give an embedded name "
+        f"({', '.join(embedded_models())}), a folder with config.json and model.safetensors, or a Hub id "
+        f"and a revision that exist ({why})"
+    )
+
+
+def require_model(name_or_path, revision: str = "main") -> None:
+    """Raise :class:`ModelNotFoundError` for a name that does not resolve; only its configuration is looked for."""
+    try:
+        found = cached_file(resolve_model(name_or_path, revision), "config.json", revision=revision)
+    except OSError as error:
+        raise no_model(name_or_path, revision, reason(error)) from error
+    if found is None:
+        raise no_model(name_or_path, revision, "config.json is missing there")
 
 
 class FeedForward(nn.Module):
@@ -209,11 +229,7 @@ class AnySubsetLM(PreTrainedModel):
         except (SafetensorError, StrictDataclassError, json.JSONDecodeError) as error:
             raise CheckpointMismatchError(f"checkpoint {str(name_or_path)!r} is broken: {reason(error)}") from error
         except OSError as error:
-            raise ModelNotFoundError(
-                f"no model {str(name_or_path)!r} at revision {revision!r}: give an embedded name "
-                f"({', '.join(embedded_models())}), a folder with config.json and model.safetensors, or a Hub id "
-                f"and a revision that exist ({reason(error)})"
-            ) from error
+            raise no_model(name_or_path, revision, reason(error)) from error
         if wrong := wrong_keys(info):
             raise CheckpointMismatchError(
                 f"checkpoint {str(name_or_path)!r} does not hold the parameters of its config.json: {wrong}"

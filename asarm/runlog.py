@@ -7,6 +7,7 @@ import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
+from uuid import uuid4
 
 from .errors import OutputDirError
 
@@ -14,7 +15,7 @@ from .errors import OutputDirError
 def prepare_output_dir(name: str) -> Path:
     """Create the folder and prove that it can be written, before any long work starts."""
     path = Path(os.path.expanduser(os.path.expandvars(name)))
-    probe = path / f".write-test-{os.getpid()}"
+    probe = path / f".write-test-{uuid4().hex}"
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe.write_text("")
@@ -28,16 +29,38 @@ def prepare_output_dir(name: str) -> Path:
 
 def write_atomic(path: Path, text: str) -> None:
     """Replace a file as a whole: a reader, or a crash, sees the old contents or the new ones."""
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    os.replace(_write_beside(path, text), path)
 
 
 def write_json(path: Path, value: object) -> None:
-    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_atomic(path, _as_json(value))
+
+
+def create_json(path: Path, value: object) -> bool:
+    """Write a file as a whole unless there is one; whether there was none, which of several processes one is told."""
+    partial = _write_beside(path, _as_json(value))
+    try:
+        os.link(partial, path)
+    except FileExistsError:
+        return False
+    finally:
+        partial.unlink()
+    return True
+
+
+def _as_json(value: object) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _write_beside(path: Path, text: str) -> Path:
+    """The text on the disk, to be put at ``path``, under a name that no other call has; process numbers repeat from
+    machine to machine."""
+    partial = path.with_name(f"{path.name}.partial-{uuid4().hex}")
+    with open(partial, "x", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    return partial
 
 
 def append_line(path: Path, record: dict) -> None:

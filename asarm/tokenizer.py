@@ -22,6 +22,7 @@ from .errors import ConfigError, ModelNotFoundError, TextError, UserError, reaso
 # XLNet's special tokens, at their ids 0..8.
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<cls>", "<sep>", "<pad>", "<mask>", "<eod>", "<eop>")
 GAP = re.compile(r" ?<mask(?::(\d+))?>")
+LONGEST_GAP = 2**20  # tokens: a list of 8 MB; whether a model can hold so long a sequence is asked before decoding
 SPELLED = r"<(?=(?:" + "|".join(t.strip("<>") for t in SPECIAL_TOKENS) + ")>)"  # the < of one that a text spells out
 # "code" is the map of Guo & Ermon's published code checkpoint. Their fourth rule, three spaces to <pad>, comes last and
 # so never applies: pairs of spaces are gone by then. A space left over is lost, as it was in their training data.
@@ -150,14 +151,13 @@ class TextTokenizer:
     def encode_masked(self, text: str) -> MaskedText:
         """Encode a text with ``<mask>`` (one token) and ``<mask:n>`` (n tokens) gaps; gaps side by side are one.
 
-        Raises :class:`TextError` for a text without a gap, or one that the vocabulary does not keep.
+        Raises :class:`TextError` for a text without a gap, one whose gap is too long (:func:`gap_length`), or one that
+        the vocabulary does not keep.
         """
         require_gap(text)
         ids, visible, pieces, gaps, end = [], [], [], [], 0
         for match in GAP.finditer(text):
-            length = int(match[1] or 1)
-            if length < 1:
-                raise TextError(f"{match[0].strip()!r} asks for no token; a gap needs at least one")
+            length = gap_length(match) or 1
             piece = text[end : match.start()]
             if piece.endswith(" ") and match[0].startswith(" ") and self._id_of:
                 piece += " "  # one of a run of spaces, which have tokens of their own
@@ -189,6 +189,17 @@ class TextTokenizer:
         """The text of the tokens in ``gap``, its leading space included."""
         before = ids[max(gap.start - 1, 0) : gap.start]  # decoders treat the first token's space specially
         return self.decode(before + ids[gap.start : gap.stop])[len(self.decode(before)) :]
+
+
+def gap_length(gap: re.Match) -> int | None:
+    """How many tokens a match of ``GAP`` asks for; None where it does not say. Raises :class:`TextError` for no token
+    and for more than ``LONGEST_GAP``."""
+    if gap[1] is None:
+        return None
+    length = int(gap[1].lstrip("0")[:10] or 0)  # ten digits are too many, whatever follows
+    if not 1 <= length <= LONGEST_GAP:
+        raise TextError(f"{gap[0].strip()[:40]!r}: a gap needs at least one token, and at most {LONGEST_GAP}")
+    return length
 
 
 def require_gap(text: str) -> None:

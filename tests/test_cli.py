@@ -8,11 +8,18 @@ import time
 
 import pytest
 import yaml
+from conftest import make_model
+from tokenizers import Regex, normalizers
 
 from asarm import Law, TextTokenizer
 from asarm.cli import main
+from asarm.config import DataConfig
+from asarm.errors import ModelNotFoundError, TextError
 from asarm.infilling import infill, score_text
 from asarm.loading import load
+from asarm.tokenizer import train_byte_level_bpe
+from asarm.train.config import TrainConfig
+from asarm.train.loop import train
 
 
 def run(*arguments, **environment):
@@ -88,6 +95,16 @@ def test_score_of_fills_and_of_a_whole_text(tiny):
     assert json.loads(done.stdout)["log_prob"] == pytest.approx(likely.log_prob, abs=1e-4)
 
 
+def test_a_text_or_fill_that_the_vocabulary_changes_is_not_scored():
+    backend = train_byte_level_bpe(["the cat sat on the mat"], 300)
+    backend.normalizer = normalizers.Replace(Regex(r"\s+"), " ")
+    model, tokenizer = make_model(vocab_size=300, mask_token_id=6), TextTokenizer(backend)
+    for text, fills in (("a\nb", None), ("a\nb <mask>", ["c"]), ("a <mask>", ["x\ny"]), ("a <mask>", ["x  y"])):
+        with pytest.raises(TextError, match="does not keep the text"):
+            score_text(model, tokenizer, text, fills)
+    assert "".join(score_text(model, tokenizer, "a <mask>", [" x y"]).tokens) == " x y"
+
+
 def test_held_out_likelihood_falls_with_more_context(tmp_path):
     (tmp_path / "t.txt").write_text(
         "One day a little girl went to the park. She saw a big dog. The dog was happy. " * 12
@@ -113,13 +130,13 @@ def test_held_out_likelihood_falls_with_more_context(tmp_path):
     ("arguments", "message"),
     [
         (["infill", "--text", "nothing to fill"], "no <mask>"),
-        (["infill", "--text", "a <mask>", "--model", "no/such-model"], "no/such-model"),
+        (["infill", "--text", "a <mask>", "--model", "no/such-model"], "no model 'no/such-model'"),
         (
             ["infill", "--text", "a <mask>", "--model", "no/such-model", "--tokenizer", "tiny-english"],
             "no model 'no/such-model'",
         ),
         (["infill", "--text", "a <mask>", "--revision", "v9"], "no revision 'v9'"),
-        (["infill", "--text", "a <mask>", "--model", "/etc"], "/etc has no tokenizer.json"),
+        (["infill", "--text", "a <mask>", "--model", "/etc"], "no model '/etc'"),
         (["infill", "--text", "a <mask>", "--k", "0"], "k must be at least 1, got 0"),
         (["infill", "--text", "a <mask>", "--temperature", "0"], "temperature must be above 0"),
         (["infill", "--text", "a <mask>", "--temperature", "-1"], "got -1.0"),
@@ -142,6 +159,19 @@ def test_a_mistake_is_one_plain_line_and_status_two(arguments, message, tmp_path
     stderr = capsys.readouterr().err.strip()
     assert message in stderr and stderr.splitlines()[-1].startswith("error: ")
     assert not (tmp_path / "records.jsonl").exists()
+
+
+def test_a_mistyped_model_is_answered_with_the_models_there_are(tmp_path):
+    training = TrainConfig(model="nosuch", output_dir=str(tmp_path), data=DataConfig(files=["nowhere.txt"]))
+    for use in (lambda: load("nosuch"), lambda: train(training)):
+        with pytest.raises(ModelNotFoundError, match=r"no model 'nosuch' .* embedded name .*tiny-english"):
+            use()
+
+
+def test_a_model_without_a_tokenizer_is_told_how_to_name_one(tmp_path):
+    make_model().save_pretrained(tmp_path)
+    with pytest.raises(ModelNotFoundError, match=r"has no tokenizer.json.* --tokenizer"):
+        load(str(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from asarm import Law, Order, conditional_log_probs, density, joint_log_prob
-from asarm.density import negative_log_likelihood
+from asarm.train.config import ObjectiveConfig
+from asarm.train.objective import Batch, Objective
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -73,8 +74,9 @@ def test_the_order_matters_and_any_permutation_is_scored():
 def test_training_loss_is_the_same_computation():
     model = make_model(vocab_size=9)
     ids_BN, order = random_batch(9, 4, 6, seed=2)
-    loss, count = negative_log_likelihood(model, ids_BN, order)
-    assert count == int(order.n_masked_B.sum())
+    batch = Batch(torch.arange(4), ids_BN, order, settled_B=order.n_visible_B, weight_B=torch.ones(4))
+    loss = Objective(model, ObjectiveConfig("joint"))(batch)
+    assert batch.n_targets == int(order.n_masked_B.sum())
     assert loss.item() == pytest.approx(-joint_log_prob(model, ids_BN, order).sum().item(), rel=1e-5)
     loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)

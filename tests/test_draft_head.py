@@ -8,7 +8,7 @@ from conftest import make_model, random_batch
 
 from asarm import AnySubsetLM
 from asarm.draft_head import DraftHead, distance_to_previous, find_draft_head, previous_ids
-from asarm.drafter import Drafter, Window
+from asarm.drafter import Drafter, Window, attach_draft_head, drafter_of
 from asarm.errors import CheckpointMismatchError, ConfigError, ModelNotFoundError
 from asarm.orders import rows_from
 
@@ -131,6 +131,15 @@ def test_saved_and_loaded(trunk, tmp_path, half):
     assert torch.equal(loaded(*arguments), head.float()(*arguments))
     loaded.save_pretrained(tmp_path / "copy")
     assert torch.equal(DraftHead.from_pretrained(tmp_path / "copy", again)(*arguments), loaded(*arguments))
+
+
+def test_an_attached_head_stays_as_it_was():
+    trunk = make_model(vocab_size=30).bfloat16()
+    head = DraftHead.for_trunk(trunk, **SHAPE).train()
+    attach_draft_head(trunk, head)
+    assert (head.dtype, head.training) == (torch.float32, True)
+    attached = drafter_of(trunk).head
+    assert (attached.dtype, attached.training) == (torch.bfloat16, False)
 
 
 def test_a_head_for_another_trunk_is_refused_and_none_is_no_error(trunk, tmp_path):

@@ -1,6 +1,7 @@
 """The engine against the network it stands for, and sequences that share it."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from conftest import make_model, random_batch, with_random_head
 from asarm import Order, SamplerConfig, sample
 from asarm.density import target_states
 from asarm.engine import Engine, can_pack, engine_of
+from asarm.errors import ConfigError
 from asarm.orders import content_limit, rows_at_ranks
 from asarm.sampling.sample import sample_each
 
@@ -113,10 +115,57 @@ def test_short_sequences_do_not_wait_for_long_ones():
     assert [numbers for numbers, _ in rounds] == [[1], [2], [3], [4], [0]]
 
 
+@pytest.fixture
+def graphs(monkeypatch):
+    """What torch.compile is given to compile from now on, as (graph, inputs); it runs as it is."""
+    found = []
+
+    def keep(graph, inputs):
+        found.append((graph, inputs))
+        return graph.forward
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=keep))
+    yield found
+    torch._dynamo.reset()
+
+
+def decode_in_batches(model, sizes):
+    for B in sizes:
+        sample(model, *random_batch(V, B, 4), SamplerConfig("sequential", compile=True))
+
+
+def test_every_shape_is_compiled(graphs):
+    """torch.compile's own limit is eight; what comes after that would run uncompiled."""
+    decode_in_batches(make_model(vocab_size=V, n_layer=1), range(1, 11))
+    assert len(graphs) == 10
+
+
+def test_shapes_beyond_what_a_process_may_compile_are_refused(graphs):
+    model = make_model(vocab_size=V, n_layer=1)
+    with torch._dynamo.config.patch(accumulated_recompile_limit=2), pytest.raises(ConfigError, match="at most 2"):
+        decode_in_batches(model, [1, 2, 1, 3])
+    assert len(graphs) == 2
+
+
+@pytest.mark.parametrize("name", ["sequential", "assd-head+one-pass"])
+def test_a_captured_graph_copies_only_what_a_call_is_about(graphs, name):
+    """CUDA graphs copy every input whose place they are not told to rely on: of a call's tensors only the numbers
+    (tokens, positions, ranks, limits) may be such, neither weights nor relative keys nor the cache."""
+    model = with_random_head(make_model(vocab_size=V))
+    sample(model, *random_batch(V, 2, 6), SamplerConfig.named(name, k=2, compile=True))
+    for graph, inputs in graphs:
+        nodes = [node for node in graph.graph.nodes if node.op == "placeholder"]
+        named = dict(zip(nodes, inputs, strict=True))
+        static = {n for n in nodes if n.meta["tensor_dict"].get("_dynamo_static_input_type")}
+        assert len(static) > 10 * model.config.n_layer
+        assert not [n.target for n, value in named.items() if value.is_floating_point() and n not in static]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["sequential", "assd", "assd+one-pass"])
+@pytest.mark.parametrize("name", ["sequential", "assd", "assd+one-pass", "assd-head", "assd-head+one-pass"])
 def test_compiled_decoding_draws_the_same_tokens(name):
-    model = make_model(vocab_size=V, seed=5, spread=0.5)
+    model = with_random_head(make_model(vocab_size=V, seed=5, spread=0.5))
     ids_BN, order = random_batch(V, 5, 14, seed=1)
     config = SamplerConfig.named(name, k=2)
     plain = sample(model, ids_BN, order, config, seed=2)

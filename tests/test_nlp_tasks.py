@@ -79,6 +79,7 @@ def test_malformed_rows_are_counted_and_the_total_adds_up(tmp_path):
             {
                 '{"text": "no gap"}': "no <mask>",
                 '{"text": "a <mask:0>"}': "<mask:0>",
+                '{"text": "a <mask:99999999999>"}': "<mask:99999999999>",
                 '{"text": "<mask> a <mask>", "reference": "b"}': "2 gap",
                 '{"text": "a <mask>", "reference": ""}': "reference",
                 '{"id": 3}': "text",

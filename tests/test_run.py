@@ -3,6 +3,9 @@
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from threading import Barrier
 
 import pytest
 from conftest import make_model
@@ -123,7 +126,8 @@ def test_of_two_runs_that_start_in_one_folder_the_first_to_record_has_it(tmp_pat
         with pytest.raises(OutputDirError, match=message):
             log.add(record)
         assert not log.path.exists()
-    assert json.loads((tmp_path / "identity.json").read_text()) == {"model": {"weights": "a"}}
+    (noted,) = (tmp_path / "identity").iterdir()
+    assert json.loads(noted.read_text()) == {"model": {"weights": "a"}}
 
 
 def test_a_baseline_runs_beside_the_model_with_the_samplers_it_has(tmp_path):
@@ -140,7 +144,44 @@ def test_a_baseline_runs_beside_the_model_with_the_samplers_it_has(tmp_path):
     assert list(summary["samplers"]) == ["sequential", "assd-head:4", f"{folder} sequential"]
     own, baseline = summary["samplers"]["sequential"], summary["samplers"][f"{folder} sequential"]
     assert own["log_prob_per_token"] > baseline["log_prob_per_token"] + 1, "random weights know no English"
-    assert json.loads((tmp_path / "out" / "identity.json").read_text())[f"{folder} model"]["weights"]
+    noted = [json.loads(path.read_text()) for path in (tmp_path / "out" / "identity").iterdir()]
+    assert [name for names in noted for name in names if name == f"{folder} model"]
+
+
+def in_threads(calls: list) -> list[str]:
+    """Call all at the same time; what each came to: ``done``, or why it was refused."""
+    together = Barrier(len(calls))
+
+    def outcome(call) -> str:
+        together.wait()
+        try:
+            call()
+        except OutputDirError as error:
+            return str(error)
+        return "done"
+
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return list(pool.map(outcome, calls))
+
+
+def begin(folder, shard: int, name: str, weights: object) -> None:
+    """What a process does up to its first record."""
+    log = RecordLog(folder, {}, Shard(shard, 8))
+    log.identify(name, {"weights": weights})
+    log.add({"sampler": "assd", "index": shard})
+
+
+def test_processes_that_start_together_lose_nobodys_identity(tmp_path):
+    assert in_threads([partial(begin, tmp_path, i, f"model {i}", i) for i in range(8)]) == ["done"] * 8
+    refused = in_threads([partial(begin, tmp_path, i, f"model {i}", "other") for i in range(8)])
+    assert all(f"weights: {i} there, 'other' now" in why for i, why in enumerate(refused))
+
+
+def test_of_processes_that_start_together_with_other_weights_one_goes_on(tmp_path):
+    outcomes = in_threads([partial(begin, tmp_path, i, "model", i) for i in range(8)])
+    assert outcomes.count("done") == 1
+    kept = outcomes.index("done")
+    assert all(f"weights: {kept} there, {i} now" in outcomes[i] for i in range(8) if i != kept)
 
 
 def test_a_sampler_may_name_its_own_k():

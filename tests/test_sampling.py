@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import make_model, random_batch, with_random_head
 
-from asarm import Law, Order, SamplerConfig, joint_log_prob, sample
+from asarm import Law, Order, SamplerConfig, infill, joint_log_prob, sample
 from asarm.density import target_states
 from asarm.errors import ConfigError, MemoryBudgetError
 from asarm.law import draw
@@ -194,6 +194,9 @@ def test_the_bigram_draft_follows_the_context_and_backs_off():
         (lambda m: SamplerConfig(top_p=1.5), ConfigError, r"top_p must be in \(0, 1\], got 1.5"),
         (lambda m: SamplerConfig(accept_slack=-0.1), ConfigError, "accept_slack must be 0 or more, got -0.1"),
         (lambda m: SamplerConfig("parallel", accept_slack=0.1), ConfigError, "accept_slack .* got 'parallel'"),
+        (lambda m: SamplerConfig(accept_slack=0.1, top_k=20), ConfigError, "accept_slack must be 0 with .* got 0.1"),
+        (lambda m: SamplerConfig(accept_slack=0.1, top_p=0.9), ConfigError, "accept_slack must be 0 with .* got 0.1"),
+        (lambda m: SamplerConfig(accept_slack=0.1, greedy=True), ConfigError, "accept_slack must be 0 with .* got 0.1"),
         (lambda m: SamplerConfig("assd-ngram", one_pass=True), ConfigError, "one_pass .* got 'assd-ngram'"),
         (
             lambda m: sample(
@@ -205,6 +208,10 @@ def test_the_bigram_draft_follows_the_context_and_backs_off():
             ConfigError,
             "has no draft head .* train-draft-head",
         ),
+        (lambda m: sample(m, *random_batch(V, 2, 4), batch_size=0), ConfigError, "batch_size .* got 0"),
+        (lambda m: sample(m, *random_batch(V, 2, 4), batch_size=-1), ConfigError, "batch_size .* got -1"),
+        (lambda m: sample(m, *random_batch(V, 0, 4)), ConfigError, r"at least one sequence, got \[0, 4\]"),
+        (lambda m: infill(m, None, "a <mask>", num_samples=0), ConfigError, "num_samples must be at least 1, got 0"),
         (lambda m: Law(-1.0), ConfigError, "-1.0"),
         (
             lambda m: sample(m, torch.full((1, 3), V), Order.left_to_right(torch.tensor([1]), 3)),

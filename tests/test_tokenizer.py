@@ -66,7 +66,13 @@ def test_a_text_may_begin_with_a_gap(tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("no gap here", "no <mask>"), ("a <mask:0> b", "<mask:0>.*at least one")]
+    ("text", "message"),
+    [
+        ("no gap here", "no <mask>"),
+        ("a <mask:0> b", "<mask:0>.*at least one"),
+        ("a <mask:99999999999> b", "<mask:99999999999>.*at most 1048576"),
+        (f"a <mask:{'9' * 5000}> b", "<mask:9{34}.*at most 1048576"),  # more digits than Python converts
+    ],
 )
 def test_text_errors(tokenizer, text, message):
     with pytest.raises(TextError, match=message):

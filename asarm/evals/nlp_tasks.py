@@ -15,7 +15,7 @@ from pathlib import Path
 from ..data.datasets import SAMPLES
 from ..data.sources import iterate_records, resolve_path, to_object
 from ..errors import DataFileError, TextError, UserError
-from ..tokenizer import GAP, require_gap
+from ..tokenizer import GAP, gap_length, require_gap
 
 DATA_FILES = {
     "rocstories-1of5": "eval/rocstories/cloze_test_val__spring2016.csv",
@@ -167,9 +167,7 @@ def _masked_text(index: int, row: dict) -> GapItem:
     references = row.get("references", [row["reference"]] if "reference" in row else [])
     if not isinstance(references, list) or (references and len(references) != len(gaps)):
         raise TextError(f"{len(gaps)} gap(s) need as many references, got {references!r}")
-    lengths = tuple(int(gap[1]) if gap[1] else None if references else 1 for gap in gaps)
-    if 0 in lengths:
-        raise TextError("<mask:0> asks for no token; a gap needs at least one")
+    lengths = tuple(gap_length(gap) or (None if references else 1) for gap in gaps)
     spaces = (" " * gap[0].startswith(" ") for gap in gaps)  # a gap swallows the space before it
     references = tuple(
         space + _text(r, "a reference").lstrip(" ") for space, r in zip(spaces, references, strict=False)

@@ -7,7 +7,7 @@ from pathlib import Path
 import yaml
 
 from ..errors import OutputDirError
-from ..runlog import append_line, cut_torn_line, read_lines, write_atomic, write_json
+from ..runlog import append_line, create_json, cut_torn_line, read_lines, write_atomic
 from .shards import Shard
 
 # settings that may differ when a run goes on
@@ -25,7 +25,7 @@ class RecordLog:
     while several processes are at work. A later phase has files of its own (``stem``) with the same keys.
 
     A folder is a run's from the first record on, so that a start that failed leaves it to the next. Its ``config.yaml``
-    then holds the settings, and its ``identity.json`` what they only name (text, weights: :meth:`identify`); whoever
+    then holds the settings, and its folder ``identity`` what they only name (text, weights: :meth:`identify`); whoever
     comes with others is refused. A torn last line, as a kill leaves it, is cut off.
     """
 
@@ -39,22 +39,30 @@ class RecordLog:
         self.records: dict[Key, dict] = {}
         self.reload()
 
-    def _check(self) -> dict[str, dict]:
-        """What the folder says that settings stand for; raises :class:`OutputDirError` if it is another run's."""
-        config_path, identity_path = self.folder / "config.yaml", self.folder / "identity.json"
-        if not config_path.exists():
-            return {}
-        check_same(self.folder, yaml.safe_load(config_path.read_text(encoding="utf-8")), self.config)
-        there = json.loads(identity_path.read_text(encoding="utf-8")) if identity_path.exists() else {}
-        for name, identity in self.identities.items():
-            if name in there:
-                check_same(self.folder, there[name], identity)
-        return there
+    def _check(self) -> None:
+        """Raise :class:`OutputDirError` if the folder is another run's."""
+        path = self.folder / "config.yaml"
+        if path.exists():
+            check_same(self.folder, yaml.safe_load(path.read_text(encoding="utf-8")), self.config)
+            for name in self.identities:
+                self._check_identity(name)
+
+    def _check_identity(self, name: str) -> None:
+        path = self._identity_path(name)
+        if path.exists():
+            check_same(self.folder, json.loads(path.read_text(encoding="utf-8"))[name], self.identities[name])
+
+    def _identity_path(self, name: str) -> Path:
+        return self.folder / "identity" / f"{fingerprint(name)}.json"  # one each: nobody overwrites what another noted
 
     def _note(self) -> None:
         """Make the folder this run's, unless another process of another run was first."""
-        write_json(self.folder / "identity.json", self._check() | self.identities)
+        self._check()
         write_atomic(self.folder / "config.yaml", yaml.safe_dump(self.config, sort_keys=False))
+        (self.folder / "identity").mkdir(exist_ok=True)
+        for name, identity in self.identities.items():
+            if not create_json(self._identity_path(name), {name: identity}):
+                self._check_identity(name)
         self.noted = True
 
     def identify(self, name: str, identity: dict) -> None:

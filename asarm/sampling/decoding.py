@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..config import SamplerConfig
+from ..config import SamplerConfig, require
 from ..drafter import Drafter, drafter_of
 from ..engine import ROWS_AT_A_TIME, engine_of
 from ..errors import ConfigError
@@ -99,7 +99,7 @@ class Decoding:
         self.model, self.config, self.law = model, config, law_of(model, config)
         self.draft_law = replace(self.law, temperature=config.temperature)
         self.drafter = drafter_for(model, config)
-        self._check(ids_TN, order, indices)
+        self._check(ids_TN, order, indices, batch_size)
         self._waiting, self._waiting_ids_TN, self._seed, self._indices = order, ids_TN, seed, indices
         self._n_visible_T, self._length_T = order.n_visible_B.tolist(), order.length_B.tolist()
         self._next, self._number_in = 0, {}  # the next sequence to enter; lane -> number of the sequence in it
@@ -127,7 +127,9 @@ class Decoding:
         self._seconds_B = [0.0] * B
         self.most_remaining = self._furthest = 0
 
-    def _check(self, ids_TN: torch.Tensor, order: Order, indices: list[int]) -> None:
+    def _check(self, ids_TN: torch.Tensor, order: Order, indices: list[int], batch_size: int) -> None:
+        require(len(ids_TN) >= 1, "ids", list(ids_TN.shape), "at least one sequence")
+        require(batch_size >= 1, "batch_size", batch_size, "at least 1")
         if order.order_BN.shape != ids_TN.shape or len(indices) != len(ids_TN):
             raise ConfigError(
                 f"ids {list(ids_TN.shape)}, order {list(order.order_BN.shape)} and {len(indices)} indices do not match"

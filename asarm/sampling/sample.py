@@ -59,7 +59,8 @@ def sample(
     ``batch_size`` sequences (default: all) are decoded together; one that finishes makes room for the next.
     """
     indices = list(range(len(ids_BN))) if indices is None else indices
-    parts = list(sample_each(model, ids_BN, order, config or SamplerConfig(), seed, indices, batch_size or len(ids_BN)))
+    batch_size = len(ids_BN) if batch_size is None else batch_size
+    parts = list(sample_each(model, ids_BN, order, config or SamplerConfig(), seed, indices, batch_size))
     row_B = torch.tensor([row for rows, _ in parts for row in rows], device=model.device).argsort()
     names = [f.name for f in fields(Completion)]
     return Completion(**{name: torch.cat([getattr(done, name) for _, done in parts])[row_B] for name in names})
