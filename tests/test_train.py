@@ -9,8 +9,10 @@ from dataclasses import replace
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from safetensors.torch import load_file
 from training_runs import NO_DROPOUT, losses, natively_bfloat16, small_run
+from wandb.errors import UsageError
 
 from asarm import AnySubsetLM, TextTokenizer
 from asarm.errors import (
@@ -201,3 +203,12 @@ def test_wandb_offline(text_file, tmp_path, monkeypatch):
     while b"masking_low" not in log.read_bytes():  # written by a process of wandb's own
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+def test_wandb_without_a_key_is_named(text_file, tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise UsageError("No API key configured.")
+
+    monkeypatch.setattr(Accelerator, "init_trackers", refuse)
+    with pytest.raises(ConfigError, match=r"wandb 'asarm-test': UsageError: No API key.*WANDB_MODE=offline"):
+        train(small_run(text_file, tmp_path / "run", wandb="asarm-test"))
