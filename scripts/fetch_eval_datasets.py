@@ -17,6 +17,7 @@ import urllib.request
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from uuid import uuid4
 
 from jsonargparse import CLI
 
@@ -74,7 +75,7 @@ def provide(entry: dict, root: Path) -> str:
     if sha256(data) != entry["sha256"]:
         raise DataFileError(f"what came from {entry['download']['url']} has another sha256 than the manifest")
     prepare_output_dir(str(path.parent))
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    partial = path.with_name(f"{path.name}.partial-{uuid4().hex}")
     partial.write_bytes(data)
     os.replace(partial, path)
     return f"fetched, verified ({path})"

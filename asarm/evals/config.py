@@ -133,7 +133,8 @@ class DecodingConfig(SamplingConfig):
         baselines: further models (name, or Hub id@revision), with the same samplers in the same run.
         bonus_token: one more token after k accepted drafts (one-pass forms always draw it).
         draft_only_temperature: the temperature shapes only drafts (assd forms); the law is that of temperature 1.
-        accept_slack: added to the probability of keeping a draft (assd forms); above 0 the law is lost.
+        accept_slack: added to the probability of keeping a draft (assd forms; not with greedy, top_k or top_p); above 0
+            the law is lost.
         batch_size: sequences decoded together; one that finishes makes room for the next.
         dtype: float32 or bfloat16.
         shard: INDEX/COUNT, this process's share of the run (default: from accelerate launch, torchrun or Slurm); the
