@@ -23,7 +23,8 @@ from .model import AnySubsetLM, Layer
 from .orders import Rows
 
 ROWS_AT_A_TIME = 128  # rows of a prefill whose scores exist at the same time
-FEW_ROWS = 4  # a product of fewer rows takes oneDNN longer than one of this many
+# with AVX-512, a product of fewer rows takes oneDNN longer than one of this many
+FEW_ROWS = 4 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 1
 FUSED_ACTIVATIONS = {"gelu": "none", "relu": ""}  # by name, with oneDNN's name of the algorithm
 
 

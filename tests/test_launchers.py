@@ -185,7 +185,8 @@ def test_usr1_while_the_environment_is_set_up_requeues(machine):
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGUSR1)
-    subprocess.run(["pkill", "-P", str(process.pid)], check=False)  # the count ends
+    for child in psutil.Process(process.pid).children(recursive=True):  # the count ends
+        child.terminate()
     process.communicate(timeout=60)
     assert process.returncode == 138 and "scontrol requeue 7" in machine.calls.read_text()
 
