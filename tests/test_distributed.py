@@ -110,7 +110,22 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(text_file, tmp_pa
     done = load_checkpoint(saved)["step"]
     assert done == len(losses(tmp_path / "run"))
     assert f"stopped by SIGUSR1 after step {done}" in errors[1]
-    assert f"stopped by what stopped another process after step {done}" in errors[0]
+    assert f"stopped by a signal to another process after step {done}" in errors[0]
+
+
+def test_text_that_breaks_off_in_one_process_fails_both_with_their_steps_saved(text_file, tmp_path):
+    """A file for each; were the other one's status that of a stop, the launcher would start them again for ever."""
+    lines = text_file.read_text().splitlines(keepends=True)
+    (tmp_path / "bad.jsonl").write_text("".join([*lines * 3, "no record\n"]))
+    text_file.write_text("".join(lines * 20))
+    config = small_run(tmp_path / "*.jsonl", tmp_path / "run", steps=200, streaming=True, checkpoint_every=1000)
+    processes = start(config, tmp_path)
+    errors = finish(processes)
+    assert [p.returncode for p in processes] == [2, 2], "\n".join(errors)
+    assert sorted("another process cannot read its text" in error for error in errors) == [False, True]
+    assert sorted("bad.jsonl, line 121: not JSON" in error for error in errors) == [False, True]
+    (saved,) = checkpoints(tmp_path / "run" / "checkpoints")
+    assert load_checkpoint(saved)["step"] == len(losses(tmp_path / "run")) > 0
 
 
 def test_a_batch_that_does_not_divide_is_named():

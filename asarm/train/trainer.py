@@ -27,7 +27,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from ..data.rows import Rows
-from ..errors import ConfigError, DivergedError, StoppedError, UserError, reason
+from ..errors import ConfigError, DataFileError, DivergedError, StoppedError, UserError, reason
 from ..rng import generator
 from ..runlog import append_line, provenance, read_lines, write_atomic, write_json
 from .checkpoint import load_checkpoint, save_checkpoint, whole_folder
@@ -152,13 +152,13 @@ class Trainer:
                     upcoming = None if last else next(batches)
                 except UserError as error:  # what was trained so far is not lost to a text that breaks off
                     unreadable = error
-                stopped = self._any_process(stop.received is not None or unreadable is not None)
-                if done % self.config.checkpoint_every == 0 or last or stopped:
+                stopped, broken = self._any_process(stop.received is not None, unreadable is not None)
+                if done % self.config.checkpoint_every == 0 or last or stopped or broken:
                     self.save(done, data_state)
-                if unreadable is not None:
-                    raise unreadable
+                if broken:  # in every process, or the others would ask for another start
+                    raise unreadable or DataFileError("another process cannot read its text; its message says why")
                 if stopped and not last:
-                    why = stop.received or "what stopped another process"
+                    why = stop.received or "a signal to another process"
                     raise StoppedError(f"stopped by {why} after step {done}; go on with --resume auto")
 
     def _update(self, step: int, loss: float) -> dict[str, float]:
@@ -185,8 +185,10 @@ class Trainer:
             )
         return {"grad_norm": norm, "lr": self.optimizer.param_groups[0]["lr"]}
 
-    def _any_process(self, flag: bool) -> bool:
-        return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.accelerator.device), "sum") > 0)
+    def _any_process(self, *flags: bool) -> list[bool]:
+        """Whether each of the flags is up in any process."""
+        here = torch.tensor(flags, dtype=torch.float32, device=self.accelerator.device)
+        return (self.accelerator.reduce(here, "sum") > 0).tolist()
 
     def _log(self, done: int, measured: dict[str, float]) -> None:
         o, now = self.config.optimizer, time.perf_counter()
