@@ -49,10 +49,16 @@ class RelativeAttention(nn.Module):
         E, H, D = config.d_model, config.n_head, config.d_head
         self.q, self.k, self.v, self.o, self.r = (nn.Parameter(torch.empty(E, H, D)) for _ in range(5))
         self.r_w_bias, self.r_r_bias = (nn.Parameter(torch.empty(H, D)) for _ in range(2))
-        self.r_s_bias = nn.Parameter(torch.empty(H, D), requires_grad=False)
-        self.seg_embed = nn.Parameter(torch.empty(2, H, D), requires_grad=False)
+        self.r_s_bias = nn.Parameter(torch.empty(H, D))
+        self.seg_embed = nn.Parameter(torch.empty(2, H, D))
+        self.freeze_segment_terms()
         self.layer_norm = nn.LayerNorm(E, eps=config.layer_norm_eps)
         self.dropout = config.dropout
+
+    def freeze_segment_terms(self) -> None:
+        """They never get a gradient, for which DDP and a checkpoint's optimiser state would wait."""
+        self.r_s_bias.requires_grad_(False)
+        self.seg_embed.requires_grad_(False)
 
     def _heads(self, x: torch.Tensor, weight_EHD: torch.Tensor) -> torch.Tensor:
         E, H, D = weight_EHD.shape

@@ -234,4 +234,6 @@ class AnySubsetLM(PreTrainedModel):
             raise CheckpointMismatchError(
                 f"checkpoint {str(name_or_path)!r} does not hold the parameters of its config.json: {wrong}"
             )
+        for layer in model.transformer.layer:
+            layer.rel_attn.freeze_segment_terms()  # the library makes parameters anew when it loads them
         return (model, info) if want_info else model

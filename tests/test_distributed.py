@@ -71,6 +71,15 @@ def test_two_processes_and_one_with_twice_the_batch_have_the_same_loss_curve(tex
     assert about["processes"] == 2
 
 
+def test_two_processes_fine_tune_as_one_does(text_file, tmp_path):
+    model = str(train(small_run(text_file, tmp_path / "pretrained", steps=1, architecture=NO_DROPOUT)))
+    config = small_run(text_file, tmp_path / "one", steps=5, model=model, architecture={})
+    config = replace(config, optimizer=replace(config.optimizer, rows_per_pass=1))
+    run(replace(config, output_dir=str(tmp_path / "two")), tmp_path)
+    train(config)
+    assert_same_training(tmp_path / "two", tmp_path / "one")
+
+
 def test_sharded_training_is_the_same_and_its_checkpoints_are_whole(text_file, tmp_path):
     """FSDP with validation on the way; one process goes on from what two have saved."""
     validation = ValidationConfig(file=str(text_file), rows=4, generations=2, every=6)

@@ -132,3 +132,12 @@ def test_bfloat16_scores_close_to_float32():
     rough_BN = conditional_log_probs(model.bfloat16(), ids_BN, order)
     assert (exact_BN - rough_BN).abs().max() < 0.15
     assert not torch.equal(exact_BN, rough_BN)
+
+
+def test_what_is_trained_does_not_depend_on_where_the_weights_come_from(tmp_path):
+    model = make_model()
+    model.save_pretrained(tmp_path)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    loaded = AnySubsetLM.from_pretrained(tmp_path)
+    assert {name for name, parameter in loaded.named_parameters() if parameter.requires_grad} == trained
+    assert not any("r_s_bias" in name or "seg_embed" in name for name in trained)

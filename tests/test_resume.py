@@ -41,6 +41,17 @@ def test_resume_equals_an_uninterrupted_run_bit_for_bit(text_file, tmp_path, mon
     assert_same(tmp_path / "whole", tmp_path / "parts")
 
 
+def test_fine_tuning_resumes_as_well(text_file, tmp_path, monkeypatch):
+    model = str(train(small_run(text_file, tmp_path / "pretrained", steps=1)))
+    train(small_run(text_file, tmp_path / "whole", model=model, architecture={}))
+    config = small_run(text_file, tmp_path / "parts", model=model, architecture={}, resume="auto")
+    stop_before(8, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    train(config)
+    assert_same(tmp_path / "whole", tmp_path / "parts")
+
+
 def test_text_that_breaks_off_loses_no_step(text_file, tmp_path):
     """The steps before a line that is no record are saved; when it is mended, the run goes on as if it had been."""
     changes = {"streaming": True, "steps": 40, "checkpoint_every": 100}
