@@ -20,7 +20,5 @@ launch="$(dirname "${BASH_SOURCE[0]}")/scripts/launch.sh"
 [ -f "$launch" ] || launch="${SLURM_SUBMIT_DIR:?run the launcher from the repository}/scripts/launch.sh"
 # shellcheck disable=SC1090
 source "$launch"
-# unless told otherwise, glibc gives large blocks back and takes them anew, zeroed, in every step: a sixth of its time on a CPU
-export MALLOC_MMAP_THRESHOLD_="${MALLOC_MMAP_THRESHOLD_:-1073741824}" MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-8589934592}"
 [ "${SLURM_RESTART_COUNT:-0}" -eq 0 ] || set -- "$@" --resume auto
 asarm_launch train "$@"

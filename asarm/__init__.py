@@ -10,7 +10,7 @@ schedule, objective, checkpoint, stopping, start, trainer, validation, loop, dra
 baselines, decode, draft, memory, run, train), cli.
 
 Shape suffixes: B batch, N positions, S slots of the cache, T sequences or targets, R rows, C content rows, Q query
-rows, K drafted tokens, H heads, D head dimension, E model width, F feed-forward width, P relative positions (2N-1), V
+rows, K drafted tokens, H heads, D head dimension, E model width, F feed-forward width, P relative positions (2N), V
 vocabulary, L layers, M draft-head width, W windows. A 1 is a dimension of size one, an X a flattened one.
 """
 

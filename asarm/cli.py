@@ -6,6 +6,7 @@ exits with 75, which asks for the same command again.
 """
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, fields
@@ -219,6 +220,7 @@ def _first_line(config_class: type) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch reads it: huge pages for what a CPU's memory holds
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["eval"]:  # a parser of its own: jsonargparse loses the message of an error two subcommands down
         commands, argv = EVALS, argv[1:]

@@ -144,7 +144,7 @@ class Engine:
         return cache
 
     def relative_keys(self, length: int) -> torch.Tensor:
-        """Relative-position keys for ``length``, scaled by D^-0.5: [L, H, 2N-1, D]. Projected once per length."""
+        """Relative-position keys for ``length``, scaled by D^-0.5: [L, H, 2N, D]. Projected once per length."""
         if self._relative_keys[0] != length:
             self._relative_keys = (length, self.trunk.relative_keys(length) * self.config.d_head**-0.5)
             self._keep_in_place([self._relative_keys[1]])

@@ -87,9 +87,9 @@ class Layer(nn.Module):
         self.ff = FeedForward(config)
 
     def forward(
-        self, rows_BRE: torch.Tensor, content_BNE: torch.Tensor, encoding_PE: torch.Tensor, sight: Sight
+        self, x_BRE: torch.Tensor, n_content: int, first: int, encoding_PE: torch.Tensor, sight: Sight
     ) -> torch.Tensor:
-        return self.ff(self.rel_attn(rows_BRE, content_BNE, encoding_PE, sight))
+        return self.ff(self.rel_attn(x_BRE, n_content, first, encoding_PE, sight))
 
 
 class Trunk(nn.Module):
@@ -103,13 +103,13 @@ class Trunk(nn.Module):
         self.clamp_len, self.dropout = config.clamp_len, config.dropout
 
     def encoding(self, length: int) -> torch.Tensor:
-        """Of the relative positions of sequences of ``length``, [2N-1, E]."""
+        """Of the relative positions of sequences of ``length``, [2N, E]."""
         weight = self.word_embedding.weight
         encoding_PE = relative_encoding(length, weight.shape[1], self.clamp_len, weight.device)
         return dropout(encoding_PE.to(weight.dtype), self.dropout, self.training)
 
     def relative_keys(self, length: int) -> torch.Tensor:
-        """Each layer's relative-position keys for sequences of ``length``, [L, H, 2N-1, D]."""
+        """Each layer's relative-position keys for sequences of ``length``, [L, H, 2N, D]."""
         encoding_PE = self.encoding(length)
         return torch.stack([layer.rel_attn.relative_key(encoding_PE).transpose(0, 1) for layer in self.layer])
 
@@ -189,9 +189,9 @@ class AnySubsetLM(PreTrainedModel):
         query_BQE = self.transformer.mask_emb.expand(B, position_BR.shape[1] - N, -1)
         x_BRE = self._drop(torch.cat([self.transformer.word_embedding(ids_BN), query_BQE], dim=1))
         for layer in self.transformer.layer[:-1]:
-            x_BRE = self._run(layer, x_BRE, x_BRE[:, :N], encoding_PE, sight)
+            x_BRE = self._run(layer, x_BRE, N, 0, encoding_PE, sight)
         # nothing reads the content rows' last hidden states
-        x_BRE = self._run(self.transformer.layer[-1], x_BRE[:, N:], x_BRE[:, :N], encoding_PE, sight.after(N))
+        x_BRE = self._run(self.transformer.layer[-1], x_BRE, N, N, encoding_PE, sight.after(N))
         return self._drop(x_BRE)
 
     def _run(self, layer: Layer, *arguments) -> torch.Tensor:

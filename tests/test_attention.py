@@ -30,7 +30,7 @@ def test_masks_equal_a_triple_loop_for_all_subsets_of_four():
 def attention_inputs(B=2, R=4, N=5, H=3, D=2):
     """Random arguments, float64, in which one row sees nothing."""
     torch.manual_seed(0)
-    shapes = ((B, R, H, D), (B, R, H, D), (B, N, H, D), (B, N, H, D), (2 * N - 1, H, D))
+    shapes = ((B, R, H, D), (B, R, H, D), (B, N, H, D), (B, N, H, D), (2 * N, H, D))
     may_BRN = torch.rand(B, R, N) < 0.5
     may_BRN[..., 0] = True
     may_BRN[1, 2] = False
@@ -52,7 +52,7 @@ def slow_attention(content_q, relative_q, key, value, relative_key, sight):
 @pytest.mark.parametrize("heads_at_a_time", [1, 2, 3])
 def test_attention_and_its_gradient_equal_a_loop(monkeypatch, heads_at_a_time):
     tensors, sight = attention_inputs()
-    monkeypatch.setitem(attention.SCORE_BYTES, "cpu", heads_at_a_time * 2 * 4 * 9 * 8)
+    monkeypatch.setitem(attention.SCORE_BYTES, "cpu", heads_at_a_time * 2 * 4 * 10 * 8)
     out_BRHD, slow_BRHD = Attention.apply(*tensors, sight, 0.0), slow_attention(*tensors, sight)
     assert torch.allclose(out_BRHD, slow_BRHD, atol=1e-12)
     assert out_BRHD[1, 2].eq(0).all(), "a row that sees nothing"

@@ -71,7 +71,7 @@ def test_the_estimate_is_of_the_right_size(kind, batch, length):
 
 
 def test_what_training_needs_depends_on_its_settings():
-    model = make_model(vocab_size=8000, n_layer=12)
+    model = make_model(vocab_size=800, n_layer=12)
     whole = training_bytes(model, 8, 512)
     assert training_bytes(model, 8, 512, masked=0.25) == pytest.approx(whole * 1.25 / 2, rel=0.05)
     state = whole - training_bytes(model, 8, 512, n_shards=4)
@@ -103,3 +103,19 @@ def test_the_estimate_grows_as_it_should():
     projection = call_bytes(model, 8, 256, 512, 2000) - call_bytes(model, 8, 256, 512, 1000)
     assert projection == call_bytes(model, 1, 256, 512, 2000) - call_bytes(model, 1, 256, 512, 1000) > 0, "of the batch"
     assert free_bytes(model.device) > 2**20
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts page faults with Linux's getrusage")
+def test_freed_memory_is_kept():
+    script = (
+        "import resource, sys, torch; from asarm.memory import keep_freed_memory\n"
+        "def faults():\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    torch.zeros(2**24).add_(1)\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+        "faults(); default = faults(); keep_freed_memory(); faults(); print(default, faults())"
+    )
+    env = os.environ | {"THP_MEM_ALLOC_ENABLE": "0"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=env)
+    default, kept = map(int, done.stdout.split())
+    assert default > 10_000 > 100 > kept, "of 16,384 pages of 4 KiB"

@@ -23,6 +23,7 @@ from transformers import XLNetConfig, XLNetLMHeadModel
 
 from ..engine import warn_if_emulated
 from ..loading import this_device
+from ..memory import keep_freed_memory
 from ..model import AnySubsetLM
 from ..orders import may_attend
 from ..runlog import provenance
@@ -77,6 +78,8 @@ def _measure(config: BenchTrainConfig, folder: str, system: str, dtype: str) -> 
     batch = batch_of(config).to(device)
     number_type, steps = getattr(torch, dtype), []
     make = our_step if system == OURS else their_step
+    if system == OURS:
+        keep_freed_memory()  # as train does
 
     def begin() -> None:
         steps.append(make(folder, batch, number_type))
