@@ -113,7 +113,8 @@ def test_freed_memory_is_kept():
         "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "    torch.zeros(2**24).add_(1)\n"
         "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
-        "faults(); default = faults(); keep_freed_memory(); faults(); print(default, faults())"
+        "def fewest(): return min(faults() for _ in range(8))\n"
+        "default = fewest(); keep_freed_memory(); print(default, fewest())"
     )
     env = os.environ | {"THP_MEM_ALLOC_ENABLE": "0"}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=env)
