@@ -23,8 +23,9 @@ from .model import AnySubsetLM, Layer
 from .orders import Rows
 
 ROWS_AT_A_TIME = 128  # rows of a prefill whose scores exist at the same time
-# with AVX-512, a product of fewer rows takes oneDNN longer than one of this many
-FEW_ROWS = 4 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 1
+# with AVX-512 but without AMX, a product of fewer rows takes oneDNN longer than one of this many
+AVX512_ALONE = "AVX512" in torch.backends.cpu.get_cpu_capability() and not torch.cpu._is_amx_tile_supported()
+FEW_ROWS = 4 if AVX512_ALONE else 1
 FUSED_ACTIVATIONS = {"gelu": "none", "relu": ""}  # by name, with oneDNN's name of the algorithm
 
 
@@ -182,7 +183,9 @@ class Engine:
         blind_BRS = torch.arange(n_slots, device=self.device) >= limit_BR[:, :, None]
         bias_BRS = torch.zeros(blind_BRS.shape, dtype=self.dtype, device=self.device)
         bias_B1RS = bias_BRS.masked_fill_(blind_BRS, torch.finfo(self.dtype).min)[:, None]
-        relative_BRS = N - 1 - position_BR.clamp(max=N - 1)[:, :, None] + order_BN[:, None, :n_slots]
+        first, last = self._positions(position_BR, N)
+        relative_LHPD = relative_LHPD[:, :, N - 1 - last : 2 * N - 1 - first]  # the distances that occur
+        relative_BRS = last - position_BR.clamp(first, last)[:, :, None] + order_BN[:, None, :n_slots]
         relative_BHRS = relative_BRS[:, None].expand(B, H, R, n_slots)
         sees_BR1 = (limit_BR > 0).to(self.dtype)[:, :, None]  # a row that sees nothing has zero attention output
         rank_BC, by_row = rows.rank_BR[:, :C], (bias_B1RS, relative_BHRS)
@@ -201,6 +204,14 @@ class Engine:
         first = C - (R - x_BRE.shape[1])
         return x_BRE[:, first : first + n_query]
 
+    def _positions(self, position_BR: torch.Tensor, length: int) -> tuple[int, int]:
+        """The first and the last position that has a row; of the sequence, where asking would stall the device or
+        change a shape."""
+        if self.static or self.device.type != "cpu":
+            return 0, length - 1
+        position = position_BR[position_BR < length]
+        return tuple(x.item() for x in position.aminmax()) if len(position) else (0, 0)
+
     def _attend(self, layer, key_BHSD, value_BHSD, relative_HPD, x_BRE, bias_B1RS, relative_BHRS) -> torch.Tensor:
         if x_BRE.shape[1] > ROWS_AT_A_TIME:
             by_row = (t.split(ROWS_AT_A_TIME, dim=-2) for t in (x_BRE, bias_B1RS, relative_BHRS))
@@ -211,7 +222,9 @@ class Engine:
         (B, R, _), (H, D) = x_BRE.shape, (self.config.n_head, self.config.d_head)
         q_BHRD = layer.query(x_BRE).view(B, R, H, D).transpose(1, 2)
         q_HXD = (q_BHRD + layer.to_relative_H1D).transpose(0, 1).reshape(H, B * R, D)
-        score_BHRP = torch.bmm(q_HXD, relative_HPD.transpose(1, 2)).view(H, B, R, -1).transpose(0, 1)
+        # few rows against many keys: this way round a product takes the least time
+        score_HPX = torch.bmm(relative_HPD, q_HXD.transpose(1, 2))
+        score_BHRP = score_HPX.view(H, -1, B, R).permute(2, 0, 3, 1)
         score_BHRS = score_BHRP.gather(3, relative_BHRS).add_(bias_B1RS)
         out_BHRD = F.scaled_dot_product_attention(q_BHRD, key_BHSD, value_BHSD, attn_mask=score_BHRS)
         return out_BHRD.transpose(1, 2).flatten(2)

@@ -127,6 +127,14 @@ class Stopwatch:
         return self._timed(self.engine.logits, hidden)
 
 
+def order_after(config: BenchDecodeConfig, batch_size: int, point: float, generator: torch.Generator) -> Order:
+    """Of sequences whose masked tokens, a random subset, are drawn up to ``point`` of the way from left to right."""
+    shape, n_masked = (batch_size, config.length), round(config.masked_fraction * config.length)
+    masked_BM = torch.rand(shape, generator=generator).argsort(1)[:, :n_masked].sort(1).values
+    left_BM = masked_BM[:, round(point * n_masked) :]
+    return Order.from_visible(torch.ones(shape, dtype=torch.bool).scatter_(1, left_BM, False))
+
+
 @torch.no_grad()
 def round_seconds(
     config: BenchDecodeConfig, model: AnySubsetLM, name: str, batch_size: int, point: float
@@ -136,10 +144,8 @@ def round_seconds(
     The calls are timed in rounds of their own, which wait for the device around each.
     """
     generator = torch.Generator().manual_seed(config.seed)
-    order_BN = torch.stack([torch.randperm(config.length, generator=generator) for _ in range(batch_size)])
-    n_visible = config.length - round(config.masked_fraction * config.length * (1 - point))
-    order = Order.from_permutation(order_BN, torch.full((batch_size,), n_visible)).to(model.device)
-    ids_BN = torch.randint(0, model.config.vocab_size, order_BN.shape, generator=generator).to(model.device)
+    order = order_after(config, batch_size, point, generator).to(model.device)
+    ids_BN = torch.randint(0, model.config.vocab_size, order.order_BN.shape, generator=generator).to(model.device)
     sampler = config.sampler_config(name, config.compile)
     state = Decoding(model, ids_BN, order, sampler, config.seed, list(range(batch_size)), batch_size)
     engine, calls = Stopwatch(state.engine), CALLS_PER_ROUND.get(name, 1)
