@@ -7,7 +7,6 @@ Parameter names and shapes are those of Hugging Face's ``XLNetRelativeAttention`
 """
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import nn
@@ -33,15 +32,10 @@ class Sight:
 
     def bias(self, dtype: torch.dtype) -> torch.Tensor:
         """Added to the scores, [B, 1, R, N]: 0, or a number that leaves nothing of a weight."""
-        return self._bias_B1RN.to(dtype)
+        return (~self.may_attend_BRN).to(dtype).mul_(torch.finfo(torch.bfloat16).min)[:, None]
 
-    @cached_property
-    def _bias_B1RN(self) -> torch.Tensor:
-        forbidden_BRN = (~self.may_attend_BRN).float()
-        return forbidden_BRN.mul_(torch.finfo(torch.bfloat16).min)[:, None]
-
-    @cached_property
-    def sees_any_BR11(self) -> torch.Tensor:
+    def sees_any(self) -> torch.Tensor:
+        """Whether a row sees a slot at all, [B, R, 1, 1]."""
         return self.may_attend_BRN.any(-1)[..., None, None]
 
 
@@ -123,14 +117,14 @@ class Attention(torch.autograd.Function):
                     kept.append(weight)
         ctx.save_for_backward(*tensors, *kept)
         ctx.sight, ctx.p = sight, p
-        return out_BRHD.mul_(sight.sees_any_BR11 / (1 - p))
+        return out_BRHD.mul_(sight.sees_any() / (1 - p))
 
     @staticmethod
     def backward(ctx, grad_BRHD):
         saved, p = ctx.saved_tensors, ctx.p
         tensors, kept = saved[:5], saved[5:]
         grads = [torch.empty_like(x) for x in tensors]
-        grad_BRHD = (grad_BRHD * (ctx.sight.sees_any_BR11 / (1 - p))).to(tensors[0].dtype)
+        grad_BRHD = (grad_BRHD * (ctx.sight.sees_any() / (1 - p))).to(tensors[0].dtype)
         with torch.autocast(grad_BRHD.device.type, enabled=False):
             for heads, weight in zip(_chunks(tensors[0], tensors[4]), kept, strict=True):
                 content_q, relative_q, key, value, relative_key = (_some_heads(x, heads) for x in tensors)

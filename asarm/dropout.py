@@ -18,6 +18,11 @@ def dropout(x: torch.Tensor, p: float, training: bool) -> torch.Tensor:
     """``torch.nn.functional.dropout``, with other random numbers on a CPU."""
     if not (training and p) or x.device.type != "cpu":
         return F.dropout(x, p, training)
+    return _of_a_cpu(x, p)
+
+
+@torch.compiler.disable
+def _of_a_cpu(x: torch.Tensor, p: float) -> torch.Tensor:
     return _Dropout.apply(x, p)
 
 
@@ -29,6 +34,7 @@ def signs(x: torch.Tensor, p: float) -> torch.Tensor:
     return integers.view(x.dtype) if x.dtype == torch.bfloat16 else integers.to(x.dtype)
 
 
+@torch.compiler.disable
 def _integers(x: torch.Tensor, p: float) -> torch.Tensor:
     """Random int16 numbers of the shape of ``x``, negative with probability ``p``."""
     seed = torch.randint(2**63 - 1, ()).item()
