@@ -1,6 +1,5 @@
-"""Will it fit? Asked before long work starts. And how a CPU's memory is handed out during it."""
+"""Will it fit? Asked before long work starts."""
 
-import ctypes
 import math
 from pathlib import Path
 
@@ -9,8 +8,6 @@ import torch
 
 from .errors import MemoryBudgetError
 from .model import AnySubsetLM
-
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 SCORE_COPIES = 8  # float32 [rows, slots] arrays per head alive at the peak of an attention call, as measured
 TRAINED_ROWS = 512  # how many [rows, vocabulary] logits a training pass holds at a time
@@ -72,16 +69,3 @@ def free_bytes(device: torch.device) -> int:
     if limit.is_file() and used.is_file() and (text := limit.read_text().strip()) != "max":
         free = min(free, max(0, int(text) - int(used.read_text())))
     return free
-
-
-def keep_freed_memory() -> None:
-    """Let this process keep what it frees, as PyTorch's allocator does on a GPU. Unless told so, glibc hands large
-    blocks back to the kernel and gets them anew, zeroed, in every step: a tenth to a fifth of a training step on a CPU.
-    Nothing happens with another C library.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except AttributeError:
-        return
-    mallopt(M_MMAP_MAX, 0)
-    mallopt(M_TRIM_THRESHOLD, -1)

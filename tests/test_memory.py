@@ -108,7 +108,7 @@ def test_the_estimate_grows_as_it_should():
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts page faults with Linux's getrusage")
 def test_freed_memory_is_kept():
     script = (
-        "import resource, sys, torch; from asarm.memory import keep_freed_memory\n"
+        "import resource, sys, torch; from asarm.allocation import keep_freed_memory\n"
         "def faults():\n"
         "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "    torch.zeros(2**24).add_(1)\n"

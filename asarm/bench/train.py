@@ -21,9 +21,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import XLNetConfig, XLNetLMHeadModel
 
+from ..allocation import keep_freed_memory
 from ..engine import warn_if_emulated
 from ..loading import this_device
-from ..memory import keep_freed_memory
 from ..model import AnySubsetLM
 from ..orders import may_attend
 from ..runlog import provenance
@@ -79,7 +79,7 @@ def _measure(config: BenchTrainConfig, folder: str, system: str, dtype: str) -> 
     number_type, steps = getattr(torch, dtype), []
     make = our_step if system == OURS else their_step
     if system == OURS:
-        keep_freed_memory()  # as train does
+        keep_freed_memory()  # as every command of this program does
 
     def begin() -> None:
         steps.append(make(folder, batch, number_type))

@@ -1,0 +1,24 @@
+"""How a CPU's memory is handed out to this process. Imports nothing heavy: PyTorch asks once, when it starts."""
+
+import ctypes
+import os
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+
+
+def use_huge_pages() -> None:
+    """Let PyTorch ask for huge pages for what is large, unless the environment says otherwise."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep what it frees, as PyTorch's allocator does on a GPU. Unless told so, glibc hands large
+    blocks back to the kernel and gets them anew, zeroed, in every step: a tenth to a fifth of a training step on a CPU.
+    Nothing happens with another C library.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except AttributeError:
+        return
+    mallopt(M_MMAP_MAX, 0)
+    mallopt(M_TRIM_THRESHOLD, -1)
