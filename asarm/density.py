@@ -12,6 +12,7 @@ from .memory import TRAINED_ROWS, call_bytes, require_memory
 from .model import AnySubsetLM
 from .orders import Order, Rows, content_limit, require_token_ids, rows_at_ranks
 
+ROW_MULTIPLE = 32  # of trained rows: products over an odd number of them take up to ten times as long in bfloat16
 PROJECTION_ROWS = 2048  # how many [rows, vocabulary] logits a scoring pass holds at a time
 
 
@@ -53,9 +54,8 @@ class ProjectedCrossEntropy(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VE.dtype
         wide = torch.promote_types(dtype, torch.float32)
         total, T = torch.zeros((), dtype=wide, device=hidden_TE.device), len(target_T)
-        # rows of weight 0 up to a round number: products over an odd one take ten times as long in bfloat16
         hidden_TE, target_T, weight_T = (
-            F.pad(x, (0,) * (2 * x.ndim - 1) + (-T % 32,)) for x in (hidden_TE, target_T, weight_T)
+            F.pad(x, (0,) * (2 * x.ndim - 1) + (-T % ROW_MULTIPLE,)) for x in (hidden_TE, target_T, weight_T)
         )
         hidden_grads, weight_grad, bias_grad = [], 0, 0
         for first in range(0, len(target_T), TRAINED_ROWS):

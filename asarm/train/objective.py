@@ -12,14 +12,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..density import cross_entropy_sum, query_states
+from ..density import ROW_MULTIPLE, cross_entropy_sum, query_states
 from ..model import AnySubsetLM
 from ..orders import Order, random_spans, random_visible, rows_with_limit
 from ..rng import generator
 from .config import MaskingConfig, ObjectiveConfig
 from .schedule import masking_rates
-
-ROW_MULTIPLE = 32  # products over an odd number of rows take several times as long in bfloat16
 
 
 @dataclass(frozen=True)
