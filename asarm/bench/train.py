@@ -79,7 +79,7 @@ def _measure(config: BenchTrainConfig, folder: str, system: str, dtype: str) -> 
     number_type, steps = getattr(torch, dtype), []
     make = our_step if system == OURS else their_step
     if system == OURS:
-        keep_freed_memory()  # as train does
+        keep_freed_memory()  # as every command of this program does
 
     def begin() -> None:
         steps.append(make(folder, batch, number_type))

@@ -11,7 +11,6 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import broadcast_object_list
 
-from ..allocation import keep_freed_memory
 from ..engine import multiplies_bfloat16, warn_if_emulated
 from ..errors import OutputDirError
 from ..runlog import prepare_output_dir
@@ -35,7 +34,6 @@ class Run:
 
 def start(config: TrainConfig | TrainHeadConfig) -> Run:
     """Join the run's processes; raises for a folder that holds another run, or this one unless it is resumed."""
-    keep_freed_memory()
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     # unless it is told so, accelerate takes processes without GPUs for separate runs
