@@ -1,14 +1,8 @@
-"""How a CPU's memory is handed out to this process. Imports nothing heavy: PyTorch asks once, when it starts."""
+"""How a CPU's memory is handed out to this process."""
 
 import ctypes
-import os
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
-
-
-def use_huge_pages() -> None:
-    """Let PyTorch ask for huge pages for what is large, unless the environment says otherwise."""
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def keep_freed_memory() -> None:

@@ -16,7 +16,7 @@ from typing import get_args, get_origin
 import docstring_parser
 from jsonargparse import ActionConfigFile, ActionYesNo, ArgumentParser
 
-from .allocation import keep_freed_memory, use_huge_pages
+from .allocation import keep_freed_memory
 from .bench.config import BenchDecodeConfig, BenchTrainConfig
 from .errors import EXIT_STOPPED, ConfigError, StoppedError, UserError
 from .evals.code_config import CodeInfillConfig
@@ -220,7 +220,6 @@ def _first_line(config_class: type) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    use_huge_pages()
     keep_freed_memory()
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["eval"]:  # a parser of its own: jsonargparse loses the message of an error two subcommands down
