@@ -183,8 +183,8 @@ def _every_window(x_BHRP: torch.Tensor, shift_BR: torch.Tensor, length: int) -> 
 
 
 def relative_encoding(length: int, d_model: int, clamp_len: int, device: torch.device) -> torch.Tensor:
-    """Sinusoids of the relative positions N-1 .. -N, [2N, d_model]. The last is that of no row and slot: products with
-    an odd number of rows take several times as long in bfloat16.
+    """Sinusoids of the relative positions N-1 .. -N, [2N, d_model]. The last is that of no row and slot: a bfloat16
+    product of few columns with an odd number of keys takes twice as long.
 
     Always float32, as Hugging Face computes them, so that a checkpoint means the same in both programs.
     """

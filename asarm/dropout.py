@@ -1,9 +1,9 @@
 """Dropout that costs little on a CPU.
 
-There PyTorch draws one Bernoulli number after another, and multiplying by a bool mask is slow; together they took a
-third of an optimiser step of XLNet-base. Here fourteen random bits decide (the probability is rounded to a multiple of
-2^-14), one word holds four times fourteen, and what is dropped is blotted out bit by bit. The words are NumPy's, which
-takes half as long for them; PyTorch's generator seeds it, so that it rules here as well.
+There PyTorch draws one Bernoulli number after another, which took a quarter of an optimiser step of XLNet-base, and
+multiplying by a bool mask converts it first. Here fourteen random bits decide (the probability is rounded to a multiple
+of 2^-14), one word holds four times fourteen, and what is dropped is blotted out bit by bit. The words are NumPy's,
+which takes half as long for them; PyTorch's generator seeds it, so that it rules here as well.
 """
 
 import numpy as np
