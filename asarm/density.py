@@ -12,7 +12,6 @@ from .memory import TRAINED_ROWS, call_bytes, require_memory
 from .model import AnySubsetLM
 from .orders import Order, Rows, content_limit, require_token_ids, rows_at_ranks
 
-ROW_MULTIPLE = 32  # of trained rows: products over an odd number of them take up to ten times as long in bfloat16
 PROJECTION_ROWS = 2048  # how many [rows, vocabulary] logits a scoring pass holds at a time
 
 
@@ -53,10 +52,7 @@ class ProjectedCrossEntropy(torch.autograd.Function):
         device = hidden_TE.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VE.dtype
         wide = torch.promote_types(dtype, torch.float32)
-        total, T = torch.zeros((), dtype=wide, device=hidden_TE.device), len(target_T)
-        hidden_TE, target_T, weight_T = (
-            F.pad(x, (0,) * (2 * x.ndim - 1) + (-T % ROW_MULTIPLE,)) for x in (hidden_TE, target_T, weight_T)
-        )
+        total = torch.zeros((), dtype=wide, device=hidden_TE.device)
         hidden_grads, weight_grad, bias_grad = [], 0, 0
         for first in range(0, len(target_T), TRAINED_ROWS):
             rows = slice(first, first + TRAINED_ROWS)
@@ -72,7 +68,7 @@ class ProjectedCrossEntropy(torch.autograd.Function):
                 update_VE = grad_CV.mT @ hidden_CE
                 weight_grad = update_VE.to(weight_VE.dtype) if first == 0 else weight_grad.add_(update_VE)
         if hidden_grads:
-            ctx.grads = torch.cat(hidden_grads)[:T], weight_grad, bias_grad
+            ctx.grads = torch.cat(hidden_grads), weight_grad, bias_grad
         return total
 
     @staticmethod
