@@ -12,6 +12,9 @@ from .memory import TRAINED_ROWS, call_bytes, require_memory
 from .model import AnySubsetLM
 from .orders import Order, Rows, content_limit, require_token_ids, rows_at_ranks
 
+# Trained rows are padded to a multiple of this. Every batch has another number of targets, and activations of ever new
+# sizes fit none of the holes that freed ones left: a process that keeps its memory would grow from step to step.
+ROW_MULTIPLE = 32
 PROJECTION_ROWS = 2048  # how many [rows, vocabulary] logits a scoring pass holds at a time
 
 
@@ -52,7 +55,10 @@ class ProjectedCrossEntropy(torch.autograd.Function):
         device = hidden_TE.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VE.dtype
         wide = torch.promote_types(dtype, torch.float32)
-        total = torch.zeros((), dtype=wide, device=hidden_TE.device)
+        total, T = torch.zeros((), dtype=wide, device=hidden_TE.device), len(target_T)
+        hidden_TE, target_T, weight_T = (
+            F.pad(x, (0,) * (2 * x.ndim - 1) + (-T % ROW_MULTIPLE,)) for x in (hidden_TE, target_T, weight_T)
+        )
         hidden_grads, weight_grad, bias_grad = [], 0, 0
         for first in range(0, len(target_T), TRAINED_ROWS):
             rows = slice(first, first + TRAINED_ROWS)
@@ -68,7 +74,7 @@ class ProjectedCrossEntropy(torch.autograd.Function):
                 update_VE = grad_CV.mT @ hidden_CE
                 weight_grad = update_VE.to(weight_VE.dtype) if first == 0 else weight_grad.add_(update_VE)
         if hidden_grads:
-            ctx.grads = torch.cat(hidden_grads), weight_grad, bias_grad
+            ctx.grads = torch.cat(hidden_grads)[:T], weight_grad, bias_grad
         return total
 
     @staticmethod

@@ -112,8 +112,10 @@ def test_a_training_step_is_compared_on_the_same_work(capsys, monkeypatch):
 
 def flop_of_a_step(batch, length, d_model, n_layer, d_inner, vocab_size, masked_fraction=0.92, **_) -> int:
     """Operations of the products of an optimiser step, by hand: forward, and backward for both factors."""
-    B, N, E, P, Q = batch, length, d_model, 2 * length, length - round((1 - masked_fraction) * length)
-    flop = 3 * 2 * B * Q * E * vocab_size
+    B, N, E, P = batch, length, d_model, 2 * length
+    n_targets = length - round((1 - masked_fraction) * length)
+    Q, T = (-(-n // 32) * 32 for n in (n_targets, B * n_targets))  # padded
+    flop = 3 * 2 * T * E * vocab_size
     for layer in range(n_layer):
         R = Q if layer == n_layer - 1 else N + Q  # the last layer's content rows are keys and values only
         query_and_out, key_and_value, attention = 2 * R * E * E, 2 * N * E * E, R * E * (N + P + N)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..density import cross_entropy_sum, query_states
+from ..density import ROW_MULTIPLE, cross_entropy_sum, query_states
 from ..model import AnySubsetLM
 from ..orders import Order, random_spans, random_visible, rows_with_limit
 from ..rng import generator
@@ -110,7 +110,8 @@ class Objective(nn.Module):
         """Weighted sum over the targets of -log p(target), in nats."""
         N = batch.ids_BN.shape[1]
         device, order, settled_B1 = batch.ids_BN.device, batch.order, batch.settled_B[:, None]
-        rank_BR = settled_B1 + torch.arange(N - int(settled_B1.min()), device=device)
+        n_query = -(-(N - int(settled_B1.min())) // ROW_MULTIPLE) * ROW_MULTIPLE
+        rank_BR = settled_B1 + torch.arange(n_query, device=device)
         limit_BR = rank_BR if self.config.name == "joint" else settled_B1.expand_as(rank_BR)
         query = rows_with_limit(order, rank_BR, limit_BR, order.length_B)
         hidden_BRE = query_states(self.model, batch.ids_BN, order, query)
