@@ -7,6 +7,7 @@ Parameter names and shapes are those of Hugging Face's ``XLNetRelativeAttention`
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -15,28 +16,39 @@ from transformers import XLNetConfig
 from .dropout import dropout, signs
 
 # bytes of a [B, heads, R, P] array of scores that are worked on at a time: in a CPU's cache, or enough for a GPU
-SCORE_BYTES = {"cpu": 2**22, "cuda": 2**28}
+SCORE_BYTES = {"cpu": 2**23, "cuda": 2**28}
+
+
+def product_dtype(x: torch.Tensor) -> torch.dtype:
+    """The type in which products with ``x`` are computed: its own, or that of autocast."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 @dataclass(frozen=True)
 class Sight:
-    """What the rows of a call see: ``may_attend_BRN``, and ``shift_BR`` = N - 1 - position, where the relative key of
-    slot 0 lies."""
+    """What the rows of a call see. ``bias_BRN`` is added to their scores: 0, or a number that leaves nothing of a
+    weight; ``sees_any_BR`` says whether a row sees a slot at all; ``shift_BR`` = N - 1 - position is where the relative
+    key of slot 0 lies."""
 
-    may_attend_BRN: torch.Tensor
+    bias_BRN: torch.Tensor
+    sees_any_BR: torch.Tensor
     shift_BR: torch.Tensor
+
+    @classmethod
+    def of(cls, may_attend_BRN: torch.Tensor, shift_BR: torch.Tensor, dtype: torch.dtype) -> "Sight":
+        """From who may attend to what (True = may), for scores of type ``dtype``."""
+        bias_BRN = (~may_attend_BRN).to(dtype).mul_(torch.finfo(torch.bfloat16).min)
+        return cls(bias_BRN, may_attend_BRN.any(-1), shift_BR)
 
     def after(self, first: int) -> "Sight":
         """That of the rows from ``first`` on."""
-        return Sight(self.may_attend_BRN[:, first:], self.shift_BR[:, first:])
+        return Sight(self.bias_BRN[:, first:], self.sees_any_BR[:, first:], self.shift_BR[:, first:])
 
-    def bias(self, dtype: torch.dtype) -> torch.Tensor:
-        """Added to the scores, [B, 1, R, N]: 0, or a number that leaves nothing of a weight."""
-        return (~self.may_attend_BRN).to(dtype).mul_(torch.finfo(torch.bfloat16).min)[:, None]
-
-    def sees_any(self) -> torch.Tensor:
-        """Whether a row sees a slot at all, [B, R, 1, 1]."""
-        return self.may_attend_BRN.any(-1)[..., None, None]
+    def scale(self, p: float) -> torch.Tensor:
+        """What becomes of a row's output, [B, R, 1, 1]: what dropout keeps is scaled up, and nothing is left of a row
+        that sees nothing."""
+        return (self.sees_any_BR / (1 - p))[..., None, None]
 
 
 class RelativeAttention(nn.Module):
@@ -69,9 +81,7 @@ class RelativeAttention(nn.Module):
     ) -> torch.Tensor:
         """What becomes of the rows of ``x_BRE`` from ``first`` on when each has attended to the slots, which hold the
         first ``n_content`` of all rows."""
-        narrow_BRE = x_BRE
-        if torch.is_autocast_enabled(x_BRE.device.type):  # once, and not for each of the three products
-            narrow_BRE = x_BRE.to(torch.get_autocast_dtype(x_BRE.device.type))
+        narrow_BRE = x_BRE.to(product_dtype(x_BRE))  # once, and not for each of the three products
         content_BNE = narrow_BRE[:, :n_content]
         q_BRHD = self._heads(narrow_BRE[:, first:], self.q)
         scale = q_BRHD.shape[-1] ** -0.5
@@ -94,92 +104,121 @@ class Attention(torch.autograd.Function):
     All [.., H, D] with queries of R rows, keys and values of N slots and relative keys of P = 2N distances; a row
     that sees nothing gets zeros. (Hugging Face adds -1e30 to its scores instead, which makes it see everything.)
 
-    The heads go through a few at a time and only their weights are kept for the backward pass, so that the many [R, N]
-    arrays in between stay in a CPU's cache: passing them through the memory took longer than the products. A weight
-    that dropout drops is kept with a minus sign: ``relu`` is what enters the product, ``abs`` the softmax.
+    The heads of each sequence go through a few at a time and only their weights are kept for the backward pass, so that
+    the many [R, N] arrays in between stay in a CPU's cache: passing them through the memory took longer than the
+    products. A weight that dropout drops is kept with a minus sign: ``relu`` is what enters the product, ``abs`` the
+    softmax. Products with a factor transposed are written so that the larger one is read as it lies.
     """
 
     @staticmethod
     def forward(ctx, content_q_BRHD, relative_q_BRHD, key_BNHD, value_BNHD, relative_key_PHD, sight, p):
         tensors = (content_q_BRHD, relative_q_BRHD, key_BNHD, value_BNHD, relative_key_PHD)
         out_BRHD, kept = torch.empty_like(content_q_BRHD), []
-        bias_B1RN = sight.bias(out_BRHD.dtype)
         with torch.autocast(out_BRHD.device.type, enabled=False):
-            for heads in _chunks(content_q_BRHD, relative_key_PHD):
-                content_q, relative_q, key, value, relative_key = (_some_heads(x, heads) for x in tensors)
-                score = windows(relative_q @ relative_key.mT, sight.shift_BR, key.shape[2]).add_(bias_B1RN)
+            for part in _parts(content_q_BRHD, relative_key_PHD):
+                content_q, relative_q, key, value, relative_key = (_take(x, part) for x in tensors)
+                relative_score = _of_heads(relative_q, relative_key.mT)
+                score = windows(relative_score, sight.shift_BR[part.sequences], key.shape[2])
+                score.add_(sight.bias_BRN[part.sequences])
                 score.flatten(0, 1).baddbmm_(content_q.flatten(0, 1), key.mT.flatten(0, 1))
                 weight = score.softmax(-1)
                 if p:
                     weight = torch.copysign(weight, signs(weight, p))
-                out_BRHD[:, :, heads] = ((weight.relu() if p else weight) @ value).transpose(1, 2)
+                _view(out_BRHD, part).copy_((weight.relu() if p else weight) @ value)
                 if any(ctx.needs_input_grad):
                     kept.append(weight)
         ctx.save_for_backward(*tensors, *kept)
         ctx.sight, ctx.p = sight, p
-        return out_BRHD.mul_(sight.sees_any() / (1 - p))
+        return out_BRHD.mul_(sight.scale(p))
 
     @staticmethod
     def backward(ctx, grad_BRHD):
-        saved, p = ctx.saved_tensors, ctx.p
-        tensors, kept = saved[:5], saved[5:]
-        grads = [torch.empty_like(x) for x in tensors]
-        grad_BRHD = (grad_BRHD * (ctx.sight.sees_any() / (1 - p))).to(tensors[0].dtype)
+        saved, sight, p = ctx.saved_tensors, ctx.sight, ctx.p
+        tensors, kept, dtype = saved[:5], saved[5:], saved[0].dtype
+        grads = [torch.empty_like(x) for x in tensors[:4]]
+        # that of the relative keys is a sum over sequences
+        grads.append(torch.zeros_like(tensors[4], dtype=torch.promote_types(dtype, torch.float32)))
+        grad_BRHD = (grad_BRHD * sight.scale(p)).to(dtype)
         with torch.autocast(grad_BRHD.device.type, enabled=False):
-            for heads, weight in zip(_chunks(tensors[0], tensors[4]), kept, strict=True):
-                content_q, relative_q, key, value, relative_key = (_some_heads(x, heads) for x in tensors)
-                grad = _some_heads(grad_BRHD, heads)
+            for part, weight in zip(_parts(tensors[0], tensors[4]), kept, strict=True):
+                content_q, relative_q, key, value, relative_key = (_take(x, part) for x in tensors)
+                grad = _take(grad_BRHD, part)
                 grad_weight = grad @ value.mT
-                grad_value = (weight.relu() if p else weight).mT @ grad
+                grad_value = (grad.mT @ (weight.relu() if p else weight)).mT
                 if p:
                     grad_weight, weight = torch.ops.aten.threshold_backward(grad_weight, weight, 0), weight.abs()
                 grad_score = torch.ops.aten._softmax_backward_data(grad_weight, weight, -1, weight.dtype)
-                grad_relative = unwindowed(grad_score, ctx.sight.shift_BR, relative_key.shape[2])
-                by_head = (
+                if part.heads.start == 0:  # every head's windows lie at the same places, with zeros around them
+                    grad_relative = grad_score.new_zeros(*grad_score.shape[:3], relative_key.shape[1])
+                grad_relative = unwindowed(grad_score, sight.shift_BR[part.sequences], grad_relative[: len(grad_score)])
+                of_part = (
                     grad_score @ key,
-                    grad_relative @ relative_key,
-                    grad_score.mT @ content_q,
+                    _of_heads(grad_relative, relative_key),
+                    (content_q.mT @ grad_score).mT,
                     grad_value,
-                    (grad_relative.mT @ relative_q).sum(0, keepdim=True),
                 )
-                for grad_of, x in zip(grads, by_head, strict=True):
-                    _some_heads(grad_of, heads).copy_(x)
-        return *grads, None, None
+                for grad_of, x in zip(grads[:4], of_part, strict=True):
+                    _view(grad_of, part).copy_(x)
+                of_sequences = relative_q.flatten(1, 2).mT @ grad_relative.flatten(1, 2)
+                _view(grads[4], part).add_(of_sequences.mT)
+        return *grads[:4], grads[4].to(dtype), None, None
 
 
-def _chunks(content_q_BRHD: torch.Tensor, relative_key_PHD: torch.Tensor) -> list[slice]:
-    """The heads, so many at a time that their relative scores take about ``SCORE_BYTES``."""
+class Part(NamedTuple):
+    """Sequences and heads that are worked on together."""
+
+    sequences: slice
+    heads: slice
+
+
+def _parts(content_q_BRHD: torch.Tensor, relative_key_PHD: torch.Tensor) -> list[Part]:
+    """All heads of all sequences, so many at a time that their relative scores take about ``SCORE_BYTES``."""
     B, R, H, _ = content_q_BRHD.shape
-    of_a_head = B * R * len(relative_key_PHD) * content_q_BRHD.element_size()
-    size = max(1, SCORE_BYTES[content_q_BRHD.device.type] // max(1, of_a_head))
-    return [slice(h, h + size) for h in range(0, H, size)]
+    of_a_head = R * len(relative_key_PHD) * content_q_BRHD.element_size()
+    n_heads = max(1, SCORE_BYTES[content_q_BRHD.device.type] // max(1, of_a_head))
+    n_sequences = max(1, n_heads // H)
+    return [
+        Part(slice(b, b + n_sequences), slice(h, h + n_heads))
+        for b in range(0, B, n_sequences)
+        for h in range(0, H, n_heads)
+    ]
 
 
-def _some_heads(x: torch.Tensor, heads: slice) -> torch.Tensor:
-    """A view [B or 1, h, .., D] of the heads of a tensor [B, .., H, D] or [.., H, D]."""
-    return (x if x.ndim == 4 else x[None])[:, :, heads].transpose(1, 2)
+def _view(x: torch.Tensor, part: Part) -> torch.Tensor:
+    """A part of a tensor [B, .., H, D] or [P, H, D], heads first: [h, b, .., D] or [h, P, D]."""
+    of_sequences = x[part.sequences] if x.ndim == 4 else x
+    return of_sequences[..., part.heads, :].movedim(-2, 0)
 
 
-def windows(x_BHRP: torch.Tensor, shift_BR: torch.Tensor, length: int) -> torch.Tensor:
-    """``out[b, h, r, n] = x[b, h, r, shift[b, r] + n]`` for n < ``length``: each row's own window, copied whole (an
+def _take(x: torch.Tensor, part: Part) -> torch.Tensor:
+    """A part by itself: products of a view, whose rows lie far apart, take up to one and a half times as long."""
+    return _view(x, part).contiguous()
+
+
+def _of_heads(x_HBRX: torch.Tensor, y_HXY: torch.Tensor) -> torch.Tensor:
+    """The product of each head, for all sequences at once: [H, B, R, Y]."""
+    return (x_HBRX.flatten(1, 2) @ y_HXY).unflatten(1, x_HBRX.shape[1:3])
+
+
+def windows(x_HBRP: torch.Tensor, shift_BR: torch.Tensor, length: int) -> torch.Tensor:
+    """``out[h, b, r, n] = x[h, b, r, shift[b, r] + n]`` for n < ``length``: each row's own window, copied whole (an
     element-wise gather takes ten times as long)."""
-    every_window, first = _every_window(x_BHRP.contiguous(), shift_BR, length)
-    return every_window.index_select(0, first).view(*x_BHRP.shape[:3], length)
+    every_window, first = _every_window(x_HBRP, shift_BR, length)
+    return every_window.index_select(0, first).view(*x_HBRP.shape[:3], length)
 
 
-def unwindowed(grad_BHRN: torch.Tensor, shift_BR: torch.Tensor, n_distances: int) -> torch.Tensor:
-    """The gradient of :func:`windows`: each row back at its place among P = ``n_distances``, zeros around it."""
-    grad_BHRP = grad_BHRN.new_zeros(*grad_BHRN.shape[:3], n_distances)
-    every_window, first = _every_window(grad_BHRP, shift_BR, grad_BHRN.shape[-1])
-    every_window.index_copy_(0, first, grad_BHRN.reshape(-1, grad_BHRN.shape[-1]))
-    return grad_BHRP
+def unwindowed(grad_HBRN: torch.Tensor, shift_BR: torch.Tensor, around_HBRP: torch.Tensor) -> torch.Tensor:
+    """The gradient of :func:`windows`: each row back at its place in ``around_HBRP``, which holds zeros elsewhere."""
+    every_window, first = _every_window(around_HBRP, shift_BR, grad_HBRN.shape[-1])
+    every_window.index_copy_(0, first, grad_HBRN.flatten(0, 2))
+    return around_HBRP
 
 
-def _every_window(x_BHRP: torch.Tensor, shift_BR: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _every_window(x_HBRP: torch.Tensor, shift_BR: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Every run of ``length`` elements of a contiguous tensor, as a view; and which of them are its rows' windows."""
-    B, H, R, P = x_BHRP.shape
-    first_BHR = torch.arange(0, x_BHRP.numel(), P, device=x_BHRP.device).view(B, H, R) + shift_BR[:, None]
-    return x_BHRP.as_strided((x_BHRP.numel() - length + 1, length), (1, 1)), first_BHR.flatten()
+    H, B, R, P = x_HBRP.shape
+    first_HBR = torch.arange(0, x_HBRP.numel(), P, device=x_HBRP.device).view(H, B, R) + shift_BR
+    return x_HBRP.as_strided((x_HBRP.numel() - length + 1, length), (1, 1)), first_HBR.flatten()
 
 
 def relative_encoding(length: int, d_model: int, clamp_len: int, device: torch.device) -> torch.Tensor:

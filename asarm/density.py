@@ -7,6 +7,7 @@ tokens, a query row for every masked rank with its own rank as limit.
 import torch
 from torch.nn import functional as F
 
+from .attention import product_dtype
 from .law import Law
 from .memory import TRAINED_ROWS, call_bytes, require_memory
 from .model import AnySubsetLM
@@ -52,8 +53,7 @@ class ProjectedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden_TE, weight_VE, bias_V, target_T, weight_T):
-        device = hidden_TE.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VE.dtype
+        dtype = product_dtype(weight_VE)
         wide = torch.promote_types(dtype, torch.float32)
         total, T = torch.zeros((), dtype=wide, device=hidden_TE.device), len(target_T)
         hidden_TE, target_T, weight_T = (

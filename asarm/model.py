@@ -20,7 +20,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.utils import cached_file
 
-from .attention import RelativeAttention, Sight, relative_encoding
+from .attention import RelativeAttention, Sight, product_dtype, relative_encoding
 from .config import require
 from .dropout import dropout
 from .embedded import embedded_models, resolve_model
@@ -184,7 +184,8 @@ class AnySubsetLM(PreTrainedModel):
         one that sees nothing has zero attention output. (Decoding calls the network through :mod:`asarm.engine`.)
         """
         B, N = ids_BN.shape
-        sight = Sight(may_attend(rank_BN, limit_BR), N - 1 - position_BR.clamp(max=N - 1))
+        dtype = product_dtype(self.transformer.word_embedding.weight)
+        sight = Sight.of(may_attend(rank_BN, limit_BR), N - 1 - position_BR.clamp(max=N - 1), dtype)
         encoding_PE = self.transformer.encoding(N)
         query_BQE = self.transformer.mask_emb.expand(B, position_BR.shape[1] - N, -1)
         x_BRE = self._drop(torch.cat([self.transformer.word_embedding(ids_BN), query_BQE], dim=1))

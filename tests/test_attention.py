@@ -27,33 +27,35 @@ def test_masks_equal_a_triple_loop_for_all_subsets_of_four():
                 assert query[row, slot] == before
 
 
-def attention_inputs(B=2, R=4, N=5, H=3, D=2):
+def attention_inputs(B=3, R=4, N=5, H=3, D=2):
     """Random arguments, float64, in which one row sees nothing."""
     torch.manual_seed(0)
     shapes = ((B, R, H, D), (B, R, H, D), (B, N, H, D), (B, N, H, D), (2 * N, H, D))
     may_BRN = torch.rand(B, R, N) < 0.5
     may_BRN[..., 0] = True
     may_BRN[1, 2] = False
-    sight = Sight(may_BRN, torch.randint(0, N, (B, R)))
-    return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes], sight
+    tensors = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    return tensors, may_BRN, torch.randint(0, N, (B, R))
 
 
-def slow_attention(content_q, relative_q, key, value, relative_key, sight):
+def slow_attention(content_q, relative_q, key, value, relative_key, may_BRN, shift_BR):
     """A loop over rows and the slots that each sees."""
     out = torch.zeros_like(content_q)
     for b, r, h in itertools.product(*map(range, content_q.shape[:3])):
-        slots = sight.may_attend_BRN[b, r].nonzero().flatten()
+        slots = may_BRN[b, r].nonzero().flatten()
         score = content_q[b, r, h] @ key[b, slots, h].T
-        score = score + relative_q[b, r, h] @ relative_key[slots + sight.shift_BR[b, r], h].T
+        score = score + relative_q[b, r, h] @ relative_key[slots + shift_BR[b, r], h].T
         out[b, r, h] = score.softmax(-1) @ value[b, slots, h]
     return out
 
 
-@pytest.mark.parametrize("heads_at_a_time", [1, 2, 3])
+@pytest.mark.parametrize("heads_at_a_time", [1, 2, 3, 6, 9])
 def test_attention_and_its_gradient_equal_a_loop(monkeypatch, heads_at_a_time):
-    tensors, sight = attention_inputs()
-    monkeypatch.setitem(attention.SCORE_BYTES, "cpu", heads_at_a_time * 2 * 4 * 10 * 8)
-    out_BRHD, slow_BRHD = Attention.apply(*tensors, sight, 0.0), slow_attention(*tensors, sight)
+    """Of three sequences with three heads each."""
+    tensors, may_BRN, shift_BR = attention_inputs()
+    monkeypatch.setitem(attention.SCORE_BYTES, "cpu", heads_at_a_time * 4 * 10 * 8)
+    out_BRHD = Attention.apply(*tensors, Sight.of(may_BRN, shift_BR, torch.float64), 0.0)
+    slow_BRHD = slow_attention(*tensors, may_BRN, shift_BR)
     assert torch.allclose(out_BRHD, slow_BRHD, atol=1e-12)
     assert out_BRHD[1, 2].eq(0).all(), "a row that sees nothing"
     weight = torch.randn_like(out_BRHD)
@@ -63,7 +65,8 @@ def test_attention_and_its_gradient_equal_a_loop(monkeypatch, heads_at_a_time):
 
 
 def test_the_gradient_of_attention_with_dropout():
-    tensors, sight = attention_inputs()
+    tensors, may_BRN, shift_BR = attention_inputs()
+    sight = Sight.of(may_BRN, shift_BR, torch.float64)
 
     def with_one_mask(*tensors):
         torch.manual_seed(1)
