@@ -123,7 +123,7 @@ class Attention(torch.autograd.Function):
                 score.flatten(0, 1).baddbmm_(content_q.flatten(0, 1), key.mT.flatten(0, 1))
                 weight = score.softmax(-1)
                 if p:
-                    weight = torch.copysign(weight, signs(weight, p))
+                    weight.copysign_(signs(weight, p))
                 _view(out_BRHD, part).copy_((weight.relu() if p else weight) @ value)
                 if any(ctx.needs_input_grad):
                     kept.append(weight)
