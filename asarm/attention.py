@@ -11,12 +11,12 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers import XLNetConfig
 
 from .dropout import dropout, signs
 
-# bytes of a [B, heads, R, P] array of scores that are worked on at a time: in a CPU's cache, or enough for a GPU
-SCORE_BYTES = {"cpu": 2**23, "cuda": 2**28}
+SCORE_BYTES = 2**23  # of a [heads, B, R, P] array of scores that are worked on at a time, in a CPU's cache
 
 
 def product_dtype(x: torch.Tensor) -> torch.dtype:
@@ -85,7 +85,7 @@ class RelativeAttention(nn.Module):
         content_BNE = narrow_BRE[:, :n_content]
         q_BRHD = self._heads(narrow_BRE[:, first:], self.q)
         scale = q_BRHD.shape[-1] ** -0.5
-        attended_BRHD = Attention.apply(
+        attended_BRHD = attend(
             (q_BRHD + self.r_w_bias).mul(scale).to(q_BRHD.dtype),
             (q_BRHD + self.r_r_bias).mul(scale).to(q_BRHD.dtype),
             self._heads(content_BNE, self.k),
@@ -98,11 +98,53 @@ class RelativeAttention(nn.Module):
         return self.layer_norm(x_BRE[:, first:] + dropout(out_BRE, self.dropout, self.training))
 
 
-class Attention(torch.autograd.Function):
+def attend(
+    content_q_BRHD: torch.Tensor,
+    relative_q_BRHD: torch.Tensor,
+    key_BNHD: torch.Tensor,
+    value_BNHD: torch.Tensor,
+    relative_key_PHD: torch.Tensor,
+    sight: Sight,
+    p: float,
+) -> torch.Tensor:
     """softmax(content_q . key + relative_q . relative_key, over the slots that a row may attend to) . value
 
     All [.., H, D] with queries of R rows, keys and values of N slots and relative keys of P = 2N distances; a row
     that sees nothing gets zeros. (Hugging Face adds -1e30 to its scores instead, which makes it see everything.)
+    """
+    way = CacheAttention.apply if content_q_BRHD.device.type == "cpu" else fused_attention
+    return way(content_q_BRHD, relative_q_BRHD, key_BNHD, value_BNHD, relative_key_PHD, sight, p)
+
+
+def fused_attention(content_q_BRHD, relative_q_BRHD, key_BNHD, value_BNHD, relative_key_PHD, sight, p) -> torch.Tensor:
+    """:func:`attend` as a GPU wants it: the relative scores are the bias of PyTorch's fused attention."""
+    relative_HBRP = _of_heads(relative_q_BRHD.movedim(2, 0), relative_key_PHD.permute(1, 2, 0))
+    bias_HBRN = Windows.apply(relative_HBRP, sight.shift_BR, key_BNHD.shape[1]) + sight.bias_BRN
+    by_head = (x.transpose(1, 2) for x in (content_q_BRHD, key_BNHD, value_BNHD))
+    out_BHRD = F.scaled_dot_product_attention(*by_head, bias_HBRN.transpose(0, 1), dropout_p=p, scale=1.0)
+    return (out_BHRD * sight.sees_any_BR[:, None, :, None]).transpose(1, 2)
+
+
+class Windows(torch.autograd.Function):
+    """:func:`windows`, element by element both ways, which is what a compiler can make part of other kernels."""
+
+    @staticmethod
+    def forward(ctx, x_HBRP, shift_BR, length):
+        ctx.save_for_backward(shift_BR)
+        ctx.n_relative = x_HBRP.shape[-1]
+        place_BRN = shift_BR[..., None] + torch.arange(length, device=shift_BR.device)
+        return x_HBRP.gather(3, place_BRN.expand(len(x_HBRP), -1, -1, -1))
+
+    @staticmethod
+    def backward(ctx, grad_HBRN):
+        (shift_BR,), N = ctx.saved_tensors, grad_HBRN.shape[-1]
+        place_BRP = torch.arange(ctx.n_relative, device=shift_BR.device) - shift_BR[..., None]
+        grad_HBRP = grad_HBRN.gather(3, place_BRP.clamp(0, N - 1).expand(len(grad_HBRN), -1, -1, -1))
+        return grad_HBRP.where((place_BRP >= 0) & (place_BRP < N), 0), None, None
+
+
+class CacheAttention(torch.autograd.Function):
+    """:func:`attend` as a CPU wants it.
 
     The heads of each sequence go through a few at a time and only their weights are kept for the backward pass, so that
     the many [R, N] arrays in between stay in a CPU's cache: passing them through the memory took longer than the
@@ -136,8 +178,8 @@ class Attention(torch.autograd.Function):
         saved, sight, p = ctx.saved_tensors, ctx.sight, ctx.p
         tensors, kept, dtype = saved[:5], saved[5:], saved[0].dtype
         grads = [torch.empty_like(x) for x in tensors[:4]]
-        # that of the relative keys is a sum over sequences
-        grads.append(torch.zeros_like(tensors[4], dtype=torch.promote_types(dtype, torch.float32)))
+        # a sum over sequences
+        relative_key_grad = torch.zeros_like(tensors[4], dtype=torch.promote_types(dtype, torch.float32))
         grad_BRHD = (grad_BRHD * sight.scale(p)).to(dtype)
         with torch.autocast(grad_BRHD.device.type, enabled=False):
             for part, weight in zip(_parts(tensors[0], tensors[4]), kept, strict=True):
@@ -157,11 +199,11 @@ class Attention(torch.autograd.Function):
                     (content_q.mT @ grad_score).mT,
                     grad_value,
                 )
-                for grad_of, x in zip(grads[:4], of_part, strict=True):
+                for grad_of, x in zip(grads, of_part, strict=True):
                     _view(grad_of, part).copy_(x)
                 of_sequences = relative_q.flatten(1, 2).mT @ grad_relative.flatten(1, 2)
-                _view(grads[4], part).add_(of_sequences.mT)
-        return *grads[:4], grads[4].to(dtype), None, None
+                _view(relative_key_grad, part).add_(of_sequences.mT)
+        return *grads, relative_key_grad.to(dtype), None, None
 
 
 class Part(NamedTuple):
@@ -175,7 +217,7 @@ def _parts(content_q_BRHD: torch.Tensor, relative_key_PHD: torch.Tensor) -> list
     """All heads of all sequences, so many at a time that their relative scores take about ``SCORE_BYTES``."""
     B, R, H, _ = content_q_BRHD.shape
     of_a_head = R * len(relative_key_PHD) * content_q_BRHD.element_size()
-    n_heads = max(1, SCORE_BYTES[content_q_BRHD.device.type] // max(1, of_a_head))
+    n_heads = max(1, SCORE_BYTES // max(1, of_a_head))
     n_sequences = max(1, n_heads // H)
     return [
         Part(slice(b, b + n_sequences), slice(h, h + n_heads))

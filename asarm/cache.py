@@ -14,13 +14,14 @@ from transformers import XLNetConfig
 
 
 class SlotCache:
-    """Preallocated slots for ``batch`` sequences of ``length`` positions, for every layer."""
+    """Preallocated slots for ``batch`` sequences of ``length`` positions, for every layer; and the relative-position
+    keys of that length, [L, H, 2N, D]."""
 
-    def __init__(self, config: XLNetConfig, batch: int, length: int, dtype: torch.dtype, device: torch.device):
+    def __init__(self, config: XLNetConfig, batch: int, length: int, relative_LHPD: torch.Tensor):
         shape = (config.n_layer, batch, 2, config.n_head, length + 1, config.d_head)
-        self.key_value_LB2HSD = torch.zeros(shape, dtype=dtype, device=device)
-        self.every_B = torch.arange(batch, device=device)
-        self.length = length
+        self.key_value_LB2HSD = relative_LHPD.new_zeros(shape)
+        self.every_B = torch.arange(batch, device=relative_LHPD.device)
+        self.length, self.relative_LHPD = length, relative_LHPD
 
     def write(self, layer: int, sequence_B: torch.Tensor, rank_BC: torch.Tensor, key_value_BC2HD: torch.Tensor) -> None:
         """Store the content rows of the sequences ``sequence_B`` at their ranks."""

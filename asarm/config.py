@@ -39,7 +39,7 @@ class SamplerConfig:
         accept_slack: added to the probability of keeping a draft; above 0 the law is lost (an ablation of Guo & Ermon
             2025; not with greedy, top_k or top_p).
         banned_ids: token ids that are never drawn; the mask token always is one.
-        compile: run the network through torch.compile (CUDA graphs on a GPU); pays for itself in long runs.
+        compile: run the network through torch.compile; pays for itself in long runs on a GPU.
     """
 
     name: str = "assd"

@@ -3,15 +3,16 @@
 A call with few rows is bound by reading the weights once. Hence, on a CPU, the weights are kept in oneDNN's blocked
 layout (a product of up to six rows then takes about as long as reading the matrix), keys and values are projected
 together, biases, activation and residual are part of the products, and attention is one fused kernel that reads only
-the slots that a limit reaches. Elsewhere the same steps run on the plain weights; with ``compile`` they do so through
-:func:`torch.compile`, with shapes that do not change from round to round (CUDA graphs on a GPU).
+the slots that a limit reaches. On a GPU the same steps run on the plain weights, with shapes that do not change from
+round to round, so that rounds can be recorded (:mod:`asarm.sampling.replay`). With ``compile`` they go through
+:func:`torch.compile`.
 
 The results are those of :meth:`asarm.model.AnySubsetLM.forward` up to rounding; a test holds the two together.
 """
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from torch.nn import functional as F
@@ -87,20 +88,14 @@ class EngineLayer:
         self.outer = Projection(ff.layer_2.weight.detach(), ff.layer_2.bias.detach(), None, packed)
         self.attention_norm, self.ff_norm = attention.layer_norm, ff.layer_norm
 
-    def own_tensors(self) -> list[torch.Tensor]:
-        """The tensors that are not the model's own parameters."""
-        projections = (self.query, self.key_value, self.out, self.inner, self.outer)
-        weights = [t for p in projections for t in (p.weight, p.bias_O) if t is not None]
-        return [self.to_relative_H1D, *weights]
 
-
-def compiled(function: Callable[..., torch.Tensor], device: torch.device) -> Callable[..., torch.Tensor]:
-    """``function`` through :func:`torch.compile`, with a graph for every shape of its arguments.
+def compiled(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """``function`` through :func:`torch.compile`, once for every shape of its arguments.
 
     Raises :class:`~asarm.errors.ConfigError` at a shape that is one too many for the process, where torch.compile would
     go on without compiling, and that from the ninth on.
     """
-    by_shape = torch.compile(function, mode="reduce-overhead" if device.type == "cuda" else None, dynamic=False)
+    by_shape = torch.compile(function, dynamic=False)
     most = torch._dynamo.config.accumulated_recompile_limit
     limits = torch._dynamo.config.patch(recompile_limit=most, fail_on_recompile_limit_hit=True)
 
@@ -126,37 +121,27 @@ class Engine:
         packed = not compile and can_pack(self.device, self.dtype)
         self.layers = [EngineLayer(layer, model.config.ff_activation, packed) for layer in self.trunk.layer]
         self.vocabulary = Projection(model.lm_loss.weight.detach(), model.lm_loss.bias.detach(), None, packed)
-        self.static, self.few_rows = compile, FEW_ROWS if packed else 1
+        self.static = compile or self.device.type == "cuda"  # shapes that do not change from round to round
+        self.few_rows = FEW_ROWS if packed else 1
         self.made_from: list = []
         self._sources = [p.detach() for p in model.parameters()]  # alive, so that their addresses tell them apart
-        self._decode = compiled(self._rows, self.device) if compile else self._rows
+        self._decode = compiled(self._rows) if compile else self._rows
         self._relative_keys = (0, torch.empty(0))
-        self._keep_in_place(tensor for layer in self.layers for tensor in layer.own_tensors())
-
-    def _keep_in_place(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Let captured graphs read and write them where they are; what is not marked is copied at every replay."""
-        if self.static:
-            for tensor in tensors:
-                torch._dynamo.mark_static_address(tensor)
 
     def new_cache(self, batch: int, length: int) -> SlotCache:
-        cache = SlotCache(self.config, batch, length, self.dtype, self.device)
-        self._keep_in_place([cache.key_value_LB2HSD])
-        return cache
+        return SlotCache(self.config, batch, length, self.relative_keys(length))
 
     def relative_keys(self, length: int) -> torch.Tensor:
         """Relative-position keys for ``length``, scaled by D^-0.5: [L, H, 2N, D]. Projected once per length."""
         if self._relative_keys[0] != length:
             self._relative_keys = (length, self.trunk.relative_keys(length) * self.config.d_head**-0.5)
-            self._keep_in_place([self._relative_keys[1]])
         return self._relative_keys[1]
 
     def prefill(
         self, ids_BC: torch.Tensor, rows: Rows, order_BN: torch.Tensor, cache: SlotCache, sequence_B: torch.Tensor
     ) -> None:
         """Write the content rows of some of the cache's sequences; they see each other within their limits."""
-        relative = self.relative_keys(cache.length)
-        self._rows(ids_BC, rows, order_BN, cache, relative, sequence_B, rows.rank_BR.shape[1])
+        self._rows(ids_BC, rows, order_BN, cache, sequence_B, rows.rank_BR.shape[1])
 
     def __call__(
         self, ids_BC: torch.Tensor, rows: Rows, order_BN: torch.Tensor, cache: SlotCache, n_slots: int
@@ -166,14 +151,13 @@ class Engine:
         The first C of ``rows`` are content rows and carry ``ids_BC``; they are written to the cache. No limit may be
         above ``n_slots``.
         """
-        relative, n_slots = self.relative_keys(cache.length), cache.length if self.static else n_slots
-        return self._decode(ids_BC, rows, order_BN, cache, relative, cache.every_B, n_slots)
+        return self._decode(ids_BC, rows, order_BN, cache, cache.every_B, cache.length if self.static else n_slots)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Vocabulary projection: [..., E] -> [..., V]."""
         return self.vocabulary(hidden)
 
-    def _rows(self, ids_BC, rows: Rows, order_BN, cache: SlotCache, relative_LHPD, sequence_B, n_slots) -> torch.Tensor:
+    def _rows(self, ids_BC, rows: Rows, order_BN, cache: SlotCache, sequence_B, n_slots) -> torch.Tensor:
         (B, C), N = ids_BC.shape, cache.length
         H, D, n_query = self.config.n_head, self.config.d_head, rows.position_BR.shape[1] - C
         few = -(-self.few_rows // B)  # rows that see nothing are added up to here
@@ -184,7 +168,7 @@ class Engine:
         bias_BRS = torch.zeros(blind_BRS.shape, dtype=self.dtype, device=self.device)
         bias_B1RS = bias_BRS.masked_fill_(blind_BRS, torch.finfo(self.dtype).min)[:, None]
         first, last = self._positions(position_BR, N)
-        relative_LHPD = relative_LHPD[:, :, N - 1 - last : 2 * N - 1 - first]  # the distances that occur
+        relative_LHPD = cache.relative_LHPD[:, :, N - 1 - last : 2 * N - 1 - first]  # the distances that occur
         relative_BRS = last - position_BR.clamp(first, last)[:, :, None] + order_BN[:, None, :n_slots]
         relative_BHRS = relative_BRS[:, None].expand(B, H, R, n_slots)
         sees_BR1 = (limit_BR > 0).to(self.dtype)[:, :, None]  # a row that sees nothing has zero attention output
@@ -205,9 +189,8 @@ class Engine:
         return x_BRE[:, first : first + n_query]
 
     def _positions(self, position_BR: torch.Tensor, length: int) -> tuple[int, int]:
-        """The first and the last position that has a row; of the sequence, where asking would stall the device or
-        change a shape."""
-        if self.static or self.device.type != "cpu":
+        """The first and the last position that has a row; of the sequence, where shapes do not change."""
+        if self.static:
             return 0, length - 1
         position = position_BR[position_BR < length]
         return tuple(x.item() for x in position.aminmax()) if len(position) else (0, 0)

@@ -47,7 +47,7 @@ class Law:
         if self.temperature != 1:
             scaled.div_(self.temperature)
         if self.banned_ids:
-            scaled.index_fill_(-1, _ids_on(logits.device, self.banned_ids), -torch.inf)
+            scaled.index_fill_(-1, ids_on(logits.device, self.banned_ids), -torch.inf)
         if self.greedy:
             best = scaled.argmax(-1, keepdim=True)
             return torch.full_like(scaled, -torch.inf).scatter_(-1, best, 0.0)
@@ -60,7 +60,7 @@ class Law:
 
 
 @cache
-def _ids_on(device: torch.device, ids: tuple[int, ...]) -> torch.Tensor:
+def ids_on(device: torch.device, ids: tuple[int, ...]) -> torch.Tensor:
     """Token ids as a tensor, made once: a copy to the device in every call would stall it."""
     return torch.tensor(ids, device=device)
 

@@ -200,6 +200,11 @@ class AnySubsetLM(PreTrainedModel):
             return checkpoint(layer, *arguments, use_reentrant=False)
         return layer(*arguments)
 
+    def compile_layers(self) -> None:
+        """Run the layers through :func:`torch.compile`."""
+        for layer in self.transformer.layer:
+            layer.compile()
+
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Vocabulary projection, for the rows that need it: [..., E] -> [..., V]."""
         return self.lm_loss(hidden)

@@ -143,10 +143,16 @@ class Rows:
         """These rows and then those of ``other``."""
         return Rows(*(torch.cat([vars(self)[name], vars(other)[name]], dim=1) for name in vars(self)))
 
-    def without(self, sequence_B: torch.Tensor, length: int) -> "Rows":
-        """These rows, those of the given sequences (of ``length`` positions) made invalid."""
+    def remove_(self, sequence_B: torch.Tensor, length: int) -> None:
+        """Make the rows of the given sequences (of ``length`` positions) invalid, in place."""
         invalid = {"position_BR": length, "limit_BR": 0, "valid_BR": False, "rank_BR": length}
-        return Rows(**{name: vars(self)[name].index_fill(0, sequence_B, value) for name, value in invalid.items()})
+        for name, value in invalid.items():
+            vars(self)[name].index_fill_(0, sequence_B, value)
+
+    def copy_(self, other: "Rows") -> None:
+        """Take over the values of ``other``, in place."""
+        for name, value in vars(self).items():
+            value.copy_(vars(other)[name])
 
     def at(self, index_B: torch.Tensor) -> "Rows":
         """Row ``index_B`` of each sequence, as rows of width one."""

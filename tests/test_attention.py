@@ -8,7 +8,7 @@ import torch
 from conftest import make_model, random_batch
 
 from asarm import attention
-from asarm.attention import Attention, Sight
+from asarm.attention import CacheAttention, Sight, fused_attention
 from asarm.density import target_states
 from asarm.engine import engine_of
 from asarm.orders import Order, content_limit, may_attend, rows_at_ranks
@@ -49,12 +49,13 @@ def slow_attention(content_q, relative_q, key, value, relative_key, may_BRN, shi
     return out
 
 
-@pytest.mark.parametrize("heads_at_a_time", [1, 2, 3, 6, 9])
+@pytest.mark.parametrize("heads_at_a_time", [1, 2, 3, 6, 9, None])
 def test_attention_and_its_gradient_equal_a_loop(monkeypatch, heads_at_a_time):
-    """Of three sequences with three heads each."""
+    """Of three sequences with three heads each; None is a GPU's way."""
     tensors, may_BRN, shift_BR = attention_inputs()
-    monkeypatch.setitem(attention.SCORE_BYTES, "cpu", heads_at_a_time * 4 * 10 * 8)
-    out_BRHD = Attention.apply(*tensors, Sight.of(may_BRN, shift_BR, torch.float64), 0.0)
+    monkeypatch.setattr(attention, "SCORE_BYTES", (heads_at_a_time or 1) * 4 * 10 * 8)
+    attend = CacheAttention.apply if heads_at_a_time else fused_attention
+    out_BRHD = attend(*tensors, Sight.of(may_BRN, shift_BR, torch.float64), 0.0)
     slow_BRHD = slow_attention(*tensors, may_BRN, shift_BR)
     assert torch.allclose(out_BRHD, slow_BRHD, atol=1e-12)
     assert out_BRHD[1, 2].eq(0).all(), "a row that sees nothing"
@@ -64,15 +65,16 @@ def test_attention_and_its_gradient_equal_a_loop(monkeypatch, heads_at_a_time):
         assert torch.allclose(a, b, atol=1e-12)
 
 
-def test_the_gradient_of_attention_with_dropout():
+@pytest.mark.parametrize("attend", [CacheAttention.apply, fused_attention])
+def test_the_gradient_of_attention_with_dropout(attend):
     tensors, may_BRN, shift_BR = attention_inputs()
     sight = Sight.of(may_BRN, shift_BR, torch.float64)
 
     def with_one_mask(*tensors):
         torch.manual_seed(1)
-        return Attention.apply(*tensors, sight, 0.3)
+        return attend(*tensors, sight, 0.3)
 
-    assert not torch.equal(with_one_mask(*tensors), Attention.apply(*tensors, sight, 0.0))
+    assert not torch.equal(with_one_mask(*tensors), attend(*tensors, sight, 0.0))
     assert torch.autograd.gradcheck(with_one_mask, tensors)
 
 

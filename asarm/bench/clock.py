@@ -25,6 +25,17 @@ def seconds_of(call: Callable[[], object], device: torch.device, repeats: int, w
     return seconds
 
 
+def as_decoded(work: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """``work`` as decoding does it: on a GPU it is recorded as a graph."""
+    if device.type != "cuda":
+        return work
+    work()  # libraries prepare themselves in a first call
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
+
+
 def median_seconds(call: Callable[[], object], device: torch.device, repeats: int, warm_up: int = 1) -> float:
     """Median of :func:`seconds_of`."""
     return statistics.median(seconds_of(call, device, repeats, warm_up))

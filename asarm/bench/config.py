@@ -10,7 +10,7 @@ ARCHITECTURES = {
     "xlnet-large": {"d_model": 1024, "n_layer": 24, "n_head": 16, "d_inner": 4096, "vocab_size": 32000},
 }
 POINTS = (0.2, 0.4, 0.6, 0.8)  # of the way through the masked tokens: where rounds are timed
-WARM_UP = 2  # rounds that are not counted
+WARM_UP = 3  # rounds that are not counted (a GPU records the third)
 LEAST_LENGTH = 64
 
 
@@ -26,7 +26,7 @@ class BenchDecodeConfig:
         batch_sizes: sequences decoded together.
         dtypes: float32, bfloat16.
         samplers: as in the evaluations, all with the same k.
-        compile: run the network through torch.compile (CUDA graphs on a GPU).
+        compile: run the network through torch.compile.
         rounds: timed rounds at each of four points on the way through a sequence.
         baseline: time Hugging Face's uncached XLNet and cached GPT-2 small as well.
         memory_lengths: lengths to measure the peak memory of one sequence at.
@@ -74,8 +74,9 @@ class BenchDecodeConfig:
             require(":" not in name, "samplers", name, "without a k of their own: give one for all with --k")
 
     def most_drawn(self, rounds: int) -> int:
-        """The most tokens that the rounds at one point draw: two to warm up, and two times ``rounds``."""
-        return (WARM_UP + 2 * rounds) * (self.k + 1)
+        """The most tokens that the rounds at one point draw: those to warm up, ``rounds``, and one whose calls are
+        noted."""
+        return (WARM_UP + rounds + 1) * (self.k + 1)
 
     def sampler_config(self, name: str, compile: bool = False) -> SamplerConfig:
         return SamplerConfig.named(name, k=self.k, compile=compile)
@@ -93,6 +94,7 @@ class BenchTrainConfig:
         dropout: probability of dropout.
         dtypes: float32, bfloat16 (autocast).
         repeats: timed steps; the median counts.
+        compile: run this program's layers through torch.compile.
         num_threads: CPU threads (default: all).
         seed: of weights, tokens and masks.
     """
@@ -104,6 +106,7 @@ class BenchTrainConfig:
     dropout: float = 0.1
     dtypes: list[str] = field(default_factory=lambda: ["float32", "bfloat16"], metadata=WORDS)
     repeats: int = 5
+    compile: bool = False
     num_threads: int | None = None
     seed: int = 0
 

@@ -22,8 +22,9 @@ from ..loading import load
 from ..model import AnySubsetLM
 from ..orders import Order
 from ..sampling.decoding import Decoding, drafter_for
+from ..sampling.replay import replayed
 from ..sampling.sample import ROUNDS
-from .clock import median_seconds, synchronise
+from .clock import as_decoded, median_seconds, synchronise
 from .config import ARCHITECTURES, POINTS, WARM_UP, BenchDecodeConfig
 
 ACCEPTANCE_LENGTH = 128
@@ -89,7 +90,9 @@ def streaming_seconds(model: AnySubsetLM, engine: Engine) -> dict[str, float]:
         model.lm_loss(row_1E)
 
     times = {"streaming_seconds": packed, "stored_streaming_seconds": stored}
-    return {name: median_seconds(work, device, repeats=15, warm_up=3) for name, work in times.items()}
+    return {
+        name: median_seconds(as_decoded(work, device), device, repeats=15, warm_up=3) for name, work in times.items()
+    }
 
 
 def cost(config: BenchDecodeConfig, model: AnySubsetLM, name: str, batch_size: int, acceptance: dict) -> dict:
@@ -106,25 +109,26 @@ def cost(config: BenchDecodeConfig, model: AnySubsetLM, name: str, batch_size: i
     }
 
 
-class Stopwatch:
-    """An engine that notes how long its calls take, vocabulary projection included."""
+class NotedCalls:
+    """An engine that notes the calls made of it."""
 
     def __init__(self, engine: Engine):
-        self.engine, self.seconds = engine, 0.0
+        self.engine, self.calls = engine, []
 
-    def _timed(self, work: Callable, *arguments) -> torch.Tensor:
-        synchronise(self.engine.device)
-        start = time.perf_counter()
-        result = work(*arguments)
-        synchronise(self.engine.device)
-        self.seconds += time.perf_counter() - start
-        return result
+    def _noted(self, work: Callable, *arguments) -> torch.Tensor:
+        self.calls.append((work, arguments))
+        return work(*arguments)
 
     def __call__(self, *arguments) -> torch.Tensor:
-        return self._timed(self.engine, *arguments)
+        return self._noted(self.engine, *arguments)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self._timed(self.engine.logits, hidden)
+        return self._noted(self.engine.logits, hidden)
+
+    def again(self) -> None:
+        """Make the same calls once more."""
+        for work, arguments in self.calls:
+            work(*arguments)
 
 
 def order_after(config: BenchDecodeConfig, batch_size: int, point: float, generator: torch.Generator) -> Order:
@@ -139,33 +143,31 @@ def order_after(config: BenchDecodeConfig, batch_size: int, point: float, genera
 def round_seconds(
     config: BenchDecodeConfig, model: AnySubsetLM, name: str, batch_size: int, point: float
 ) -> tuple[float, float]:
-    """Median times of a round, and of a network call of it, after ``point`` of the masked tokens are drawn.
+    """Median times of a round, and of a network call of it (vocabulary projection included), after ``point`` of the
+    masked tokens are drawn.
 
-    The calls are timed in rounds of their own, which wait for the device around each.
+    The calls of one more round are noted and made again by themselves.
     """
     generator = torch.Generator().manual_seed(config.seed)
     order = order_after(config, batch_size, point, generator).to(model.device)
     ids_BN = torch.randint(0, model.config.vocab_size, order.order_BN.shape, generator=generator).to(model.device)
     sampler = config.sampler_config(name, config.compile)
     state = Decoding(model, ids_BN, order, sampler, config.seed, list(range(batch_size)), batch_size)
-    engine, calls = Stopwatch(state.engine), CALLS_PER_ROUND.get(name, 1)
-    rounds, call_times = [], []
+    play_round, engine, seconds = replayed(ROUNDS[name], model.device), NotedCalls(state.engine), []
 
-    def play_round(state: Decoding) -> None:
+    def timed_round(state: Decoding) -> None:
+        if len(seconds) == WARM_UP + config.rounds:
+            state.engine = engine
+            ROUNDS[name](state)
+            state.settle(state.order.length_B, state.order.length_B, backlog=1)
+            return
         synchronise(model.device)
         start = time.perf_counter()
-        ROUNDS[name](state)
+        play_round(state)
         state.remaining_B.tolist()  # what ends a round
-        if state.engine is engine:
-            call_times.append(engine.seconds / calls)
-            engine.seconds = 0.0
-        else:
-            rounds.append(time.perf_counter() - start)
-        if len(rounds) == WARM_UP + config.rounds:
-            state.engine = engine
-        if len(call_times) == config.rounds:
-            state.settle(state.order.length_B, state.order.length_B, backlog=1)
+        seconds.append(time.perf_counter() - start)
 
-    for _ in state.run(play_round):
+    for _ in state.run(timed_round):
         pass
-    return statistics.median(rounds[WARM_UP:]), statistics.median(call_times)
+    calls = median_seconds(as_decoded(engine.again, model.device), model.device, config.rounds)
+    return statistics.median(seconds[WARM_UP:]), calls / CALLS_PER_ROUND.get(name, 1)

@@ -7,7 +7,7 @@ from ..drafter import Drafter, Window
 from ..engine import Projection, can_pack
 from ..law import Law, start_race, winner
 from ..model import AnySubsetLM
-from .clock import median_seconds
+from .clock import as_decoded, median_seconds
 
 FREQUENT = 8192  # tokens of a frequency-ranked draft vocabulary
 
@@ -45,7 +45,7 @@ def draft_step_seconds(model: AnySubsetLM, k: int, batch_size: int) -> dict[str,
             for j in range(k):
                 token_B = winner(law.probs(started.step(j, token_B)), time_BKX[:, j])
 
-        return median_seconds(steps, device, repeats=15, warm_up=3)
+        return median_seconds(as_decoded(steps, device), device, repeats=15, warm_up=3)
 
     return {
         "low_rank": seconds(low_rank, c.vocab_size),

@@ -160,7 +160,6 @@ class Decoding:
             self.most_remaining = max(remaining)
             self._furthest = max(self._length_T[number] - remaining[lane] for lane, number in self._number_in.items())
             if self.most_remaining:
-                self.rounds_B += self.remaining_B > 0
                 play_round(self)
                 remaining = self.remaining_B.tolist()
             for lane in self._number_in:
@@ -181,7 +180,7 @@ class Decoding:
         for value in (self.logp_B, *(getattr(self, name) for name in COUNTS)):
             value[lane_B] = 0
         if self.draft is not None:
-            self.draft = replace(self.draft, rows=self.draft.rows.without(lane_B, N))
+            self.draft.rows.remove_(lane_B, N)
         width = max(self._n_visible_T[number] for number in numbers)
         for lane_b in lane_B.split(max(1, PREFILL_ROWS // max(1, width))) if width else ():
             self._prefill(lane_b, width)
@@ -237,7 +236,8 @@ class Decoding:
         ids_BC = self.ids_BS.gather(1, content.position_BR)
         hidden_BQE = self.engine(ids_BC, rows, self.order.order_BN, self.cache, n_slots)
         self.nfe_B += query.valid_BR.any(dim=1)
-        self.cached_B, self.backlog = self.settled_B.clone(), 0
+        self.cached_B.copy_(self.settled_B)
+        self.backlog = 0
         return hidden_BQE
 
     def uniforms(self, table_BN: torch.Tensor, rows: Rows) -> torch.Tensor:
@@ -249,10 +249,13 @@ class Decoding:
         self.ids_BS.scatter_(1, rows.position_BR, ids_BR)
 
     def settle(self, settled_B: torch.Tensor, cached_B: torch.Tensor, backlog: int) -> None:
-        """Everything below ``settled_B`` is final; below ``cached_B`` it is cached, which leaves at most ``backlog``
-        tokens."""
-        self.settled_B = torch.minimum(settled_B, self.order.length_B)
-        self.cached_B, self.backlog = torch.minimum(cached_B, self.settled_B), backlog
+        """What ends a round: everything below ``settled_B`` is final; below ``cached_B`` it is cached, which leaves at
+        most ``backlog`` tokens."""
+        self.rounds_B += self.remaining_B > 0
+        settled_B = torch.minimum(settled_B, self.order.length_B)
+        self.cached_B.copy_(torch.minimum(cached_B, settled_B))
+        self.settled_B.copy_(settled_B)
+        self.backlog = backlog
 
 
 def chosen(value_BRV: torch.Tensor, ids_BR: torch.Tensor) -> torch.Tensor:

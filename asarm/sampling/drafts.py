@@ -6,7 +6,7 @@ import torch
 
 from ..draft_head import distance_to_previous, previous_ids
 from ..drafter import Window
-from ..law import Law, draw, start_race, winner
+from ..law import Law, draw, ids_on, start_race, winner
 from ..orders import Rows, rows_from
 from .decoding import Decoding
 
@@ -18,6 +18,13 @@ class Draft:
     rows: Rows
     ids_BK: torch.Tensor
     probs_BKV: torch.Tensor
+
+    def replaced_by(self, other: "Draft") -> "Draft":
+        """``other``, where this one lies in memory."""
+        self.rows.copy_(other.rows)
+        self.ids_BK.copy_(other.ids_BK)
+        self.probs_BKV.copy_(other.probs_BKV)
+        return self
 
 
 def draft_ahead(state: Decoding) -> Draft:
@@ -99,7 +106,7 @@ def bigram_draft(state: Decoding) -> Draft:
     settled_pair_BM = settled_BN[:, :-1] & settled_BN[:, 1:]
 
     allowed_V = torch.ones(state.model.config.vocab_size, dtype=torch.float64, device=ids_BS.device)
-    allowed_V[list(state.law.banned_ids)] = 0
+    allowed_V.index_fill_(0, ids_on(ids_BS.device, state.law.banned_ids), 0)
     nothing_BV = allowed_V.expand(len(ids_BS), -1)
     unigram_BV = _counts_or(nothing_BV, ids_BS[:, :N], settled_BN, allowed_V)
     ids, probs = [], []

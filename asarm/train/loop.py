@@ -34,8 +34,7 @@ def build_model(config: TrainConfig, vocab_size: int) -> AnySubsetLM:
             raise ConfigError(f"architecture {config.architecture}: {error}") from error
     model.recompute = config.gradient_checkpointing
     if config.compile:
-        for layer in model.transformer.layer:
-            layer.compile()
+        model.compile_layers()
     return model
 
 
