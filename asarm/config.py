@@ -100,8 +100,7 @@ class SamplerConfig:
         """With ``one_pass`` settled for a kind of device (``cuda``, ``cpu``)."""
         if self.one_pass is not None:
             return self
-        able = self.name in ONE_PASS_SAMPLERS and self.bonus_token
-        return replace(self, one_pass=able and device_type == "cuda")
+        return replace(self, one_pass=self.name == "assd-head" and self.bonus_token and device_type == "cuda")
 
 
 @dataclass(frozen=True)

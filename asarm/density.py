@@ -60,8 +60,9 @@ class ProjectedCrossEntropy(torch.autograd.Function):
             F.pad(x, (0,) * (2 * x.ndim - 1) + (-T % ROW_MULTIPLE,)) for x in (hidden_TE, target_T, weight_T)
         )
         hidden_grads, weight_grad, bias_grad = [], 0, 0
-        for first in range(0, len(target_T), TRAINED_ROWS):
-            rows = slice(first, first + TRAINED_ROWS)
+        n_rows = TRAINED_ROWS[hidden_TE.device.type]
+        for first in range(0, len(target_T), n_rows):
+            rows = slice(first, first + n_rows)
             hidden_CE = hidden_TE[rows].to(dtype)
             logp_CV = F.linear(hidden_CE, weight_VE, bias_V).log_softmax(-1, dtype=wide)
             total -= (logp_CV.gather(1, target_T[rows, None]).squeeze(1) * weight_T[rows]).sum()

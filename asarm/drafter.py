@@ -35,8 +35,8 @@ class Drafter:
     """``head`` with its weights as sampling wants them."""
 
     @torch.no_grad()
-    def __init__(self, head: DraftHead):
-        packed = can_pack(head.device, head.dtype)
+    def __init__(self, head: DraftHead, compile: bool = False):
+        packed = not compile and can_pack(head.device, head.dtype)
 
         def projection(linear: torch.nn.Linear, activation: str | None = None) -> Projection:
             return Projection(linear.weight.detach(), linear.bias, activation, packed)
@@ -99,28 +99,29 @@ class DraftSteps:
         return drafter.vocabulary(correction_BX, self.base_logits_BKV[:, j])
 
 
-_DRAFTERS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+_HEADS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # by trunk
+_DRAFTERS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # by trunk and whether they are compiled
 
 
 def attach_draft_head(trunk: AnySubsetLM, head: DraftHead) -> None:
     """Let samplers of ``trunk`` draft with a copy of ``head``, as it is now, instead of one that lies beside the
     trunk's files."""
     require_trunk(head, trunk, "the head to attach")
-    _DRAFTERS[trunk] = Drafter(deepcopy(head).to(trunk.device, trunk.dtype).eval())
+    _HEADS[trunk], _DRAFTERS[trunk] = deepcopy(head).to(trunk.device, trunk.dtype).eval(), {}
 
 
-def drafter_of(trunk: AnySubsetLM) -> Drafter | None:
+def drafter_of(trunk: AnySubsetLM, compile: bool = False) -> Drafter | None:
     """Of the head that was attached to ``trunk`` or lies beside the files it was loaded from, in the trunk's type and
     on its device; None where there is neither."""
-    drafter = _DRAFTERS.get(trunk)
-    if drafter is None and trunk.name_or_path:
+    head = _HEADS.get(trunk)
+    if head is None and trunk.name_or_path:
         revision = getattr(trunk.config, "_commit_hash", None) or "main"
         head = find_draft_head(trunk.name_or_path, trunk, revision)
-    elif drafter is not None and (drafter.head.dtype, drafter.head.device) != (trunk.dtype, trunk.device):
-        head = drafter.head
-    else:
-        return drafter
     if head is None:
         return None
-    attach_draft_head(trunk, head)
-    return _DRAFTERS[trunk]
+    if head is not _HEADS.get(trunk) or (head.dtype, head.device) != (trunk.dtype, trunk.device):
+        attach_draft_head(trunk, head)
+    drafters = _DRAFTERS[trunk]
+    if compile not in drafters:
+        drafters[compile] = Drafter(_HEADS[trunk], compile)
+    return drafters[compile]

@@ -4,22 +4,19 @@ A call with few rows is bound by reading the weights once. Hence, on a CPU, the 
 layout (a product of up to six rows then takes about as long as reading the matrix), keys and values are projected
 together, biases, activation and residual are part of the products, and attention is one fused kernel that reads only
 the slots that a limit reaches. On a GPU the same steps run on the plain weights, with shapes that do not change from
-round to round, so that rounds can be recorded (:mod:`asarm.sampling.replay`). With ``compile`` they go through
-:func:`torch.compile`.
+round to round, so that rounds can be recorded (:mod:`asarm.sampling.replay`); with ``compile`` on a CPU as well.
 
 The results are those of :meth:`asarm.model.AnySubsetLM.forward` up to rounding; a test holds the two together.
 """
 
 import warnings
 import weakref
-from collections.abc import Callable
 
 import torch
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
 from .cache import SlotCache
-from .errors import ConfigError
 from .model import AnySubsetLM, Layer
 from .orders import Rows
 
@@ -89,29 +86,6 @@ class EngineLayer:
         self.attention_norm, self.ff_norm = attention.layer_norm, ff.layer_norm
 
 
-def compiled(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """``function`` through :func:`torch.compile`, once for every shape of its arguments.
-
-    Raises :class:`~asarm.errors.ConfigError` at a shape that is one too many for the process, where torch.compile would
-    go on without compiling, and that from the ninth on.
-    """
-    by_shape = torch.compile(function, dynamic=False)
-    most = torch._dynamo.config.accumulated_recompile_limit
-    limits = torch._dynamo.config.patch(recompile_limit=most, fail_on_recompile_limit_hit=True)
-
-    def call(*arguments) -> torch.Tensor:
-        try:
-            with limits:
-                return by_shape(*arguments)
-        except torch._dynamo.exc.FailOnRecompileLimitHit as error:
-            raise ConfigError(
-                f"compile makes a graph for every shape of a call, and one process at most {most}: leave it out, or "
-                "decode fewer lengths, batch sizes and values of k in one process"
-            ) from error
-
-    return call
-
-
 class Engine:
     """``model`` prepared for decoding; :func:`engine_of` makes it once and keeps it until the weights change."""
 
@@ -125,7 +99,6 @@ class Engine:
         self.few_rows = FEW_ROWS if packed else 1
         self.made_from: list = []
         self._sources = [p.detach() for p in model.parameters()]  # alive, so that their addresses tell them apart
-        self._decode = compiled(self._rows) if compile else self._rows
         self._relative_keys = (0, torch.empty(0))
 
     def new_cache(self, batch: int, length: int) -> SlotCache:
@@ -151,7 +124,7 @@ class Engine:
         The first C of ``rows`` are content rows and carry ``ids_BC``; they are written to the cache. No limit may be
         above ``n_slots``.
         """
-        return self._decode(ids_BC, rows, order_BN, cache, cache.every_B, cache.length if self.static else n_slots)
+        return self._rows(ids_BC, rows, order_BN, cache, cache.every_B, n_slots)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Vocabulary projection: [..., E] -> [..., V]."""

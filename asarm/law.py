@@ -59,9 +59,14 @@ class Law:
         return scaled
 
 
-@cache
+@torch.compiler.assume_constant_result
 def ids_on(device: torch.device, ids: tuple[int, ...]) -> torch.Tensor:
     """Token ids as a tensor, made once: a copy to the device in every call would stall it."""
+    return _ids_on(device, ids)
+
+
+@cache
+def _ids_on(device: torch.device, ids: tuple[int, ...]) -> torch.Tensor:
     return torch.tensor(ids, device=device)
 
 

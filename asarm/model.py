@@ -202,8 +202,11 @@ class AnySubsetLM(PreTrainedModel):
 
     def compile_layers(self) -> None:
         """Run the layers through :func:`torch.compile`."""
+        # PyTorch 2.11 writes this kind of reduction without brackets around a size that varies from batch to batch
+        broken = "triton.mix_order_reduction"
+        options = {broken: False} if broken in torch._inductor.list_options() else {}
         for layer in self.transformer.layer:
-            layer.compile()
+            layer.compile(options=options)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Vocabulary projection, for the rows that need it: [..., E] -> [..., V]."""

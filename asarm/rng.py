@@ -6,6 +6,7 @@ That is what makes batching, sharding and resuming reproducible.
 """
 
 import zlib
+from functools import cache
 
 import numpy as np
 import torch
@@ -33,8 +34,19 @@ def race_times(uniform: torch.Tensor, count: int) -> torch.Tensor:
     where they are used, on any device.
     """
     key = _mix(uniform.double().contiguous().view(torch.int64))
-    bits = _mix(key[..., None] + torch.arange(1, count + 1, device=uniform.device) * _signed(0x9E3779B97F4A7C15))
+    bits = _mix(key[..., None] + race_counter(uniform.device, count))
     return -torch.log((_shift_right(bits, 11).double() + 0.5) * 2.0**-53)
+
+
+@torch.compiler.assume_constant_result
+def race_counter(device: torch.device, count: int) -> torch.Tensor:
+    """SplitMix64's counter, made once. (What torch.compile makes of it would be an index of 32 bits.)"""
+    return _race_counter(device, count)
+
+
+@cache
+def _race_counter(device: torch.device, count: int) -> torch.Tensor:
+    return torch.arange(1, count + 1, device=device) * _signed(0x9E3779B97F4A7C15)
 
 
 def _signed(constant: int) -> int:

@@ -91,7 +91,7 @@ def test_a_given_token_has_log_probability_zero():
 
 def test_the_chunked_loss_equals_cross_entropy_and_never_holds_all_logits():
     torch.manual_seed(0)
-    T, V, E = 2 * density.TRAINED_ROWS + 7, 50, 8
+    T, V, E = 2 * density.TRAINED_ROWS["cpu"] + 7, 50, 8
     model = make_model(vocab_size=V, d_model=E)
     hidden_TE = torch.randn(T, E, requires_grad=True)
     target_T, weight_T = torch.randint(0, V, (T,)), torch.rand(T)
@@ -114,6 +114,6 @@ def test_the_chunked_loss_equals_cross_entropy_and_never_holds_all_logits():
     assert loss.item() == pytest.approx(plain.item(), rel=1e-6)
     for a, b in zip(found, expected, strict=True):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-5)
-    assert largest == density.TRAINED_ROWS * V
+    assert largest == density.TRAINED_ROWS["cpu"] * V
     with torch.no_grad():
         assert density.cross_entropy_sum(model, hidden_TE, target_T, weight_T).item() == loss.item()

@@ -1,7 +1,6 @@
 """The engine against the network it stands for, and sequences that share it."""
 
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -10,7 +9,6 @@ from conftest import make_model, random_batch, with_random_head
 from asarm import Order, SamplerConfig, sample
 from asarm.density import target_states
 from asarm.engine import Engine, can_pack, engine_of
-from asarm.errors import ConfigError
 from asarm.orders import content_limit, rows_at_ranks
 from asarm.sampling.sample import sample_each
 
@@ -115,54 +113,11 @@ def test_short_sequences_do_not_wait_for_long_ones():
     assert [numbers for numbers, _ in rounds] == [[1], [2], [3], [4], [0]]
 
 
-@pytest.fixture
-def graphs(monkeypatch):
-    """What torch.compile is given to compile from now on, as (graph, inputs); it runs as it is."""
-    found = []
-
-    def keep(graph, inputs):
-        found.append((graph, inputs))
-        return graph.forward
-
-    torch._dynamo.reset()
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=keep))
-    yield found
-    torch._dynamo.reset()
-
-
-def decode_in_batches(model, sizes):
-    for B in sizes:
-        sample(model, *random_batch(V, B, 4), SamplerConfig("sequential", compile=True))
-
-
-def test_every_shape_is_compiled(graphs):
-    """torch.compile's own limit is eight; what comes after that would run uncompiled."""
-    decode_in_batches(make_model(vocab_size=V, n_layer=1), range(1, 11))
-    assert len(graphs) == 10
-
-
-def test_shapes_beyond_what_a_process_may_compile_are_refused(graphs):
-    model = make_model(vocab_size=V, n_layer=1)
-    with torch._dynamo.config.patch(accumulated_recompile_limit=2), pytest.raises(ConfigError, match="at most 2"):
-        decode_in_batches(model, [1, 2, 1, 3])
-    assert len(graphs) == 2
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["sequential", "assd", "assd+one-pass", "assd-head", "assd-head+one-pass"])
-def test_compiled_decoding_draws_the_same_tokens(name):
-    model = with_random_head(make_model(vocab_size=V, seed=5, spread=0.5))
-    ids_BN, order = random_batch(V, 5, 14, seed=1)
-    config = SamplerConfig.named(name, k=2)
-    plain = sample(model, ids_BN, order, config, seed=2)
-    compiled = sample(model, ids_BN, order, replace(config, compile=True), seed=2, batch_size=3)
-    assert torch.equal(plain.ids_BN, compiled.ids_BN)
-    assert torch.equal(plain.nfe_B, compiled.nfe_B)
-
-
-def test_one_pass_is_the_default_on_a_gpu_only():
-    assert SamplerConfig().on("cuda").full_name == "assd+one-pass"
-    assert SamplerConfig().on("cpu").full_name == "assd"
-    assert SamplerConfig(one_pass=False).on("cuda").full_name == "assd"
-    assert SamplerConfig("sequential").on("cuda").full_name == "sequential"
-    assert SamplerConfig(bonus_token=False).on("cuda").full_name == "assd"
+def test_one_pass_is_the_default_where_it_was_measured_to_pay():
+    """With a draft head on a GPU."""
+    assert SamplerConfig("assd-head").on("cuda").full_name == "assd-head+one-pass"
+    assert SamplerConfig("assd-head").on("cpu").full_name == "assd-head"
+    assert SamplerConfig("assd-head", one_pass=False).on("cuda").full_name == "assd-head"
+    assert SamplerConfig("assd-head", bonus_token=False).on("cuda").full_name == "assd-head"
+    assert SamplerConfig("assd").on("cuda").full_name == "assd"
+    assert SamplerConfig("assd", one_pass=True).on("cuda").full_name == "assd+one-pass"

@@ -22,7 +22,7 @@ from ..loading import load
 from ..model import AnySubsetLM
 from ..orders import Order
 from ..sampling.decoding import Decoding, drafter_for
-from ..sampling.replay import replayed
+from ..sampling.replay import prepared
 from ..sampling.sample import ROUNDS
 from .clock import as_decoded, median_seconds, synchronise
 from .config import ARCHITECTURES, POINTS, WARM_UP, BenchDecodeConfig
@@ -153,7 +153,7 @@ def round_seconds(
     ids_BN = torch.randint(0, model.config.vocab_size, order.order_BN.shape, generator=generator).to(model.device)
     sampler = config.sampler_config(name, config.compile)
     state = Decoding(model, ids_BN, order, sampler, config.seed, list(range(batch_size)), batch_size)
-    play_round, engine, seconds = replayed(ROUNDS[name], model.device), NotedCalls(state.engine), []
+    play_round, engine, seconds = prepared(ROUNDS[name], model.device, config.compile), NotedCalls(state.engine), []
 
     def timed_round(state: Decoding) -> None:
         if len(seconds) == WARM_UP + config.rounds:
@@ -169,5 +169,6 @@ def round_seconds(
 
     for _ in state.run(timed_round):
         pass
-    calls = median_seconds(as_decoded(engine.again, model.device), model.device, config.rounds)
+    again = torch.compile(engine.again, dynamic=False) if config.compile else engine.again
+    calls = median_seconds(as_decoded(again, model.device), model.device, config.rounds)
     return statistics.median(seconds[WARM_UP:]), calls / CALLS_PER_ROUND.get(name, 1)

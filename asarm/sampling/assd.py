@@ -12,8 +12,8 @@ import torch
 from ..law import draw
 from ..orders import Rows, rows_from, rows_with_limit
 from .accept import accepted_prefix, residual
-from .decoding import Decoding, chosen
-from .drafts import Draft, bigram_draft, draft_ahead, head_draft, no_draft, self_draft
+from .decoding import Decoding, Draft, chosen
+from .drafts import bigram_draft, draft_ahead, head_draft, self_draft
 
 
 def assd_round(state: Decoding) -> None:
@@ -21,7 +21,7 @@ def assd_round(state: Decoding) -> None:
     draft = draft_ahead(state)
     first_logp_B = chosen(draft.probs_BKV, draft.ids_BK)[:, 0].log()
     state.logp_B += first_logp_B.where(draft.rows.valid_BR[:, 0], 0)
-    if state.most_remaining > 1 and (state.config.k > 1 or state.config.bonus_token):
+    if state.several_left and (state.config.k > 1 or state.config.bonus_token):
         verify(state, draft, n_exact=1)
     else:  # the exact first draft is all there is
         state.put(draft.rows, draft.ids_BK)
@@ -42,8 +42,7 @@ def assd_one_pass_round(state: Decoding) -> None:
     one window of 2k ranks is enough, whatever is accepted.
     """
     k = state.config.k
-    draft = state.draft or no_draft(state)
-    query = _tested_rows(state, draft, n_exact=0)
+    draft, query = state.draft, _tested_rows(state, state.draft, n_exact=0)
     ahead = _branches(state) if state.drafter is None else _window(state)
     state.put(draft.rows, draft.ids_BK)
     hidden_BQE = state.hidden(query.followed_by(ahead), draft_end_B=state.settled_B + k, n_drafts=k)

@@ -56,6 +56,28 @@ class Completion:
         return self.accepted_BK.sum(1)
 
 
+@dataclass(frozen=True)
+class Draft:
+    """Drafted tokens: their rows, ids [B, K] and the distributions [B, K, V] that they were drawn from."""
+
+    rows: Rows
+    ids_BK: torch.Tensor
+    probs_BKV: torch.Tensor
+
+    @classmethod
+    def none(cls, rows: Rows, vocab_size: int) -> "Draft":
+        """Of rows of which none is valid."""
+        ids_BK = torch.zeros_like(rows.rank_BR)
+        return cls(rows, ids_BK, torch.zeros(*ids_BK.shape, vocab_size, dtype=torch.float64, device=ids_BK.device))
+
+    def replaced_by(self, other: "Draft") -> "Draft":
+        """``other``, where this one lies in memory."""
+        self.rows.copy_(other.rows)
+        self.ids_BK.copy_(other.ids_BK)
+        self.probs_BKV.copy_(other.probs_BKV)
+        return self
+
+
 COUNTS = ("nfe_B", "aux_nfe_B", "rounds_B", "proposed_BK", "accepted_BK")
 PREFILL_ROWS = 4096  # prompt tokens, padding included, that enter the cache in one call
 
@@ -74,7 +96,7 @@ def drafter_for(model: AnySubsetLM, config: SamplerConfig) -> Drafter | None:
     none."""
     if config.name != "assd-head":
         return None
-    if (drafter := drafter_of(model)) is None:
+    if (drafter := drafter_of(model, config.compile)) is None:
         raise ConfigError(
             f"model {model.name_or_path or '(made in memory)'!r} has no draft head for the sampler assd-head; train "
             "one with python -m asarm train-draft-head, or use another sampler"
@@ -120,12 +142,14 @@ class Decoding:
         self.cached_B, self.backlog = self.settled_B.clone(), 1  # at most ``backlog`` settled tokens are not cached
         self.uniform_XBN = torch.zeros(3, B, N, dtype=torch.float64, device=device)
         self.draft_uniform_BN, self.accept_uniform_BN, self.target_uniform_BN = self.uniform_XBN
-        self.draft = None  # one-pass sampling: what the next call verifies (a Draft)
+        self.draft = None  # one-pass sampling: what the next call verifies
+        if config.one_pass:
+            self.draft = Draft.none(self.rows(self.settled_B, self.settled_B, config.k), model.config.vocab_size)
         self.logp_B = torch.zeros(B, dtype=torch.float64, device=device)
         self.nfe_B, self.aux_nfe_B, self.rounds_B = torch.zeros(3, B, dtype=torch.long, device=device)
         self.proposed_BK, self.accepted_BK = torch.zeros(2, B, config.k, dtype=torch.long, device=device)
         self._seconds_B = [0.0] * B
-        self.most_remaining = self._furthest = 0
+        self.several_left, self.n_slots = True, N  # of this round, see :meth:`run`
 
     def _check(self, ids_TN: torch.Tensor, order: Order, indices: list[int], batch_size: int) -> None:
         require(len(ids_TN) >= 1, "ids", list(ids_TN.shape), "at least one sequence")
@@ -142,8 +166,9 @@ class Decoding:
     def run(self, play_round: Callable[["Decoding"], None]) -> Iterator[tuple[list[int], Completion]]:
         """Decode every sequence; yields those that finish, by number, with their completions.
 
-        ``play_round`` moves all lanes forward by one round. ``most_remaining`` tells it how many tokens are left to
-        draw in the lane that has most of them: the one number that a round reads back from the device.
+        ``play_round`` moves all lanes forward by one round. ``several_left`` tells it whether a lane has (or, where
+        shapes do not change, may have) more than one token left to draw, ``n_slots`` how far limits may reach: all that
+        it may ask of the one number a lane that is read back from the device between two rounds.
         """
         remaining = [0] * len(self.settled_B)
         while True:
@@ -157,9 +182,11 @@ class Decoding:
                     remaining[lane] = self._length_T[number] - self._n_visible_T[number]
             if not self._number_in:
                 return
-            self.most_remaining = max(remaining)
-            self._furthest = max(self._length_T[number] - remaining[lane] for lane, number in self._number_in.items())
-            if self.most_remaining:
+            if any(remaining):
+                if not self.engine.static:
+                    self.several_left = max(remaining) > 1
+                    furthest = max(self._length_T[number] - remaining[lane] for lane, number in self._number_in.items())
+                    self.n_slots = min(self.cache.length, furthest + self.config.k + 1)
                 play_round(self)
                 remaining = self.remaining_B.tolist()
             for lane in self._number_in:
@@ -232,9 +259,8 @@ class Decoding:
         content_limit_BC = torch.where(content.valid_BR, content_limit(self.order, content.rank_BR), 0)
         query_limit_BQ = query.limit_BR if limit_B is None else query.limit_BR.clamp(max=limit_B[:, None])
         rows = replace(content, limit_BR=content_limit_BC).followed_by(replace(query, limit_BR=query_limit_BQ))
-        n_slots = min(self.cache.length, self._furthest + self.config.k + 1)
         ids_BC = self.ids_BS.gather(1, content.position_BR)
-        hidden_BQE = self.engine(ids_BC, rows, self.order.order_BN, self.cache, n_slots)
+        hidden_BQE = self.engine(ids_BC, rows, self.order.order_BN, self.cache, self.n_slots)
         self.nfe_B += query.valid_BR.any(dim=1)
         self.cached_B.copy_(self.settled_B)
         self.backlog = 0

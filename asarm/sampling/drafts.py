@@ -1,30 +1,12 @@
 """Draft distributions: the model's own marginals, corrected by a draft head or not, and a bigram of the context."""
 
-from dataclasses import dataclass
-
 import torch
 
 from ..draft_head import distance_to_previous, previous_ids
 from ..drafter import Window
 from ..law import Law, draw, ids_on, start_race, winner
 from ..orders import Rows, rows_from
-from .decoding import Decoding
-
-
-@dataclass(frozen=True)
-class Draft:
-    """Drafted tokens: their rows, ids [B, K] and the distributions [B, K, V] that they were drawn from."""
-
-    rows: Rows
-    ids_BK: torch.Tensor
-    probs_BKV: torch.Tensor
-
-    def replaced_by(self, other: "Draft") -> "Draft":
-        """``other``, where this one lies in memory."""
-        self.rows.copy_(other.rows)
-        self.ids_BK.copy_(other.ids_BK)
-        self.probs_BKV.copy_(other.probs_BKV)
-        return self
+from .decoding import Decoding, Draft
 
 
 def draft_ahead(state: Decoding) -> Draft:
@@ -79,14 +61,6 @@ def _probs(laws: list[Law], logits_BKV: torch.Tensor) -> torch.Tensor:
     if laws[0] == laws[-1]:
         return laws[0].probs(logits_BKV)
     return torch.cat([laws[0].probs(logits_BKV[:, :1]), laws[-1].probs(logits_BKV[:, 1:])], dim=1)
-
-
-def no_draft(state: Decoding) -> Draft:
-    """A draft of k rows of which none is valid: what there is before the first call."""
-    rows = state.rows(state.settled_B, state.settled_B, state.config.k)
-    shape = (*rows.rank_BR.shape, state.model.config.vocab_size)
-    probs_BKV = torch.zeros(shape, dtype=torch.float64, device=rows.rank_BR.device)
-    return Draft(rows, torch.zeros_like(rows.rank_BR), probs_BKV)
 
 
 def bigram_draft(state: Decoding) -> Draft:

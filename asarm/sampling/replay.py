@@ -1,38 +1,47 @@
-"""A round of decoding as a CUDA graph: recorded once, then started with one call.
+"""How a round is played: as it is, compiled, or as a CUDA graph.
 
-A round is some hundred small kernels. Starting them one after another keeps the processor busy for tens of times as
-long as they take on the GPU; a graph starts them together. A round can be recorded because its shapes do not change,
-it reads nothing back from the device, and the state that it leaves to the next lies where it found it.
+A round is some hundred small kernels. On a GPU, starting them one after another keeps the processor busy for tens of
+times as long as they take; a graph starts them together. A round can be recorded because its shapes do not change, it
+reads nothing back from the device, and the state that it leaves to the next lies where it found it.
 """
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import cache
 
 import torch
 
+from ..errors import ConfigError
 from .decoding import Decoding
 
 Round = Callable[[Decoding], None]
 
 
+def prepared(play_round: Round, device: torch.device, compile: bool) -> Round:
+    """``play_round`` as it is played on a device: as a graph on a GPU, as it is elsewhere; compiled if so asked."""
+    play_round = compiled(play_round) if compile else play_round
+    return Replay(play_round) if device.type == "cuda" else play_round
+
+
 class Replay:
-    """``play_round``, played as it is the first time that it is met with its shapes, recorded the second time."""
+    """``play_round``, played as it is the first time, recorded the second time; one recording for every number of
+    tokens that may wait for the cache, the one thing that shapes depend on."""
 
     def __init__(self, play_round: Round):
         self.play_round = play_round
         self._recorded, self._met = {}, set()
 
     def __call__(self, state: Decoding) -> None:
-        shapes = (state.backlog, state.most_remaining > 1, state.draft is None)
-        if shapes not in self._met:  # libraries prepare themselves in a first call, which cannot be recorded
-            self._met.add(shapes)
+        width = state.backlog
+        if width not in self._met:  # libraries prepare themselves in a first call, which cannot be recorded
+            self._met.add(width)
             self._play(state, nullcontext())
             return
-        if shapes not in self._recorded:
+        if width not in self._recorded:
             graph = torch.cuda.CUDAGraph()
             self._play(state, torch.cuda.graph(graph))
-            self._recorded[shapes] = graph, state.backlog
-        graph, state.backlog = self._recorded[shapes]
+            self._recorded[width] = graph, state.backlog
+        graph, state.backlog = self._recorded[width]
         graph.replay()
 
     def _play(self, state: Decoding, context) -> None:
@@ -43,6 +52,25 @@ class Replay:
                 state.draft = before.replaced_by(state.draft)
 
 
-def replayed(play_round: Round, device: torch.device) -> Round:
-    """``play_round`` for a device: as a graph on a GPU, as it is elsewhere."""
-    return Replay(play_round) if device.type == "cuda" else play_round
+@cache
+def compiled(play_round: Round) -> Round:
+    """``play_round`` through :func:`torch.compile`, once for every shape of the state.
+
+    Raises :class:`~asarm.errors.ConfigError` at a shape that is one too many for the process, where torch.compile would
+    go on without compiling, and that from the ninth on.
+    """
+    by_shape = torch.compile(play_round, dynamic=False)
+    most = torch._dynamo.config.accumulated_recompile_limit
+    limits = torch._dynamo.config.patch(recompile_limit=most, fail_on_recompile_limit_hit=True)
+
+    def call(state: Decoding) -> None:
+        try:
+            with limits:
+                by_shape(state)
+        except torch._dynamo.exc.FailOnRecompileLimitHit as error:
+            raise ConfigError(
+                f"compile makes a graph for every shape of a round, and one process at most {most}: leave it out, or "
+                "decode fewer lengths, batch sizes and values of k in one process"
+            ) from error
+
+    return call

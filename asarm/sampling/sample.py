@@ -11,7 +11,7 @@ from ..orders import Order
 from .assd import assd_ngram_round, assd_one_pass_round, assd_round
 from .decoding import Completion, Decoding
 from .parallel import parallel_round
-from .replay import replayed
+from .replay import prepared
 from .sequential import sequential_round
 
 ROUNDS = {
@@ -41,7 +41,7 @@ def sample_each(
     """
     config = config.on(model.device.type)
     state = Decoding(model, ids_TN.to(model.device), order.to(model.device), config, seed, indices, batch_size)
-    yield from state.run(replayed(ROUNDS[config.full_name], model.device))
+    yield from state.run(prepared(ROUNDS[config.full_name], model.device, config.compile))
 
 
 def sample(
