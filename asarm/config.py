@@ -32,8 +32,8 @@ class SamplerConfig:
         top_k: draw only from so many most likely tokens.
         top_p: draw only from the fewest tokens that hold this share of the probability.
         bonus_token: after k accepted drafts, draw one more from the verification pass.
-        one_pass: draft in the pass that verifies the drafts before, one call a round (assd and assd-head; default: on
-            a GPU, where a call's time hardly depends on its rows, and not on a CPU, where it does).
+        one_pass: draft in the pass that verifies the drafts before, one call a round (assd and assd-head; default: with
+            assd-head on a GPU, where that was measured to take least).
         draft_only_temperature: the temperature shapes only the drafts after the first; the law is that of temperature 1
             (an ablation of Guo & Ermon 2025).
         accept_slack: added to the probability of keeping a draft; above 0 the law is lost (an ablation of Guo & Ermon

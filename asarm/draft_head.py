@@ -164,9 +164,13 @@ class DraftHead(PreTrainedModel):
 
     def mix(self, states_BKE: torch.Tensor, distance_BK: torch.Tensor, missing_BK: torch.Tensor) -> torch.Tensor:
         """What a row knows before the token that precedes it, [B, K, M]."""
+        return self.from_state(states_BKE) + self.place(distance_BK, missing_BK)
+
+    def place(self, distance_BK: torch.Tensor, missing_BK: torch.Tensor) -> torch.Tensor:
+        """What distance and missing tokens add to a row's state, [B, K, M]."""
         most = self.config.max_distance
         distance_BKM = self.distance(distance_BK.clamp(-most, most) + most)
-        return self.from_state(states_BKE) + distance_BKM + self.missing(missing_BK.clamp(max=self.config.max_missing))
+        return distance_BKM + self.missing(missing_BK.clamp(max=self.config.max_missing))
 
     def _correct(self, x_BKM: torch.Tensor, missing_BK: torch.Tensor) -> torch.Tensor:
         """The low-rank correction [B, K, V] to the trunk's logits, zero where the state misses nothing."""

@@ -20,12 +20,13 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.utils import cached_file
 
-from .attention import RelativeAttention, Sight, product_dtype, relative_encoding
+from .attention import RelativeAttention, product_dtype, relative_encoding
 from .config import require
 from .dropout import dropout
 from .embedded import embedded_models, resolve_model
 from .errors import CheckpointMismatchError, ConfigError, ModelNotFoundError, reason
 from .orders import may_attend
+from .sight import Sight
 
 XLNET_MASK_ID = 6
 
@@ -185,7 +186,7 @@ class AnySubsetLM(PreTrainedModel):
         """
         B, N = ids_BN.shape
         dtype = product_dtype(self.transformer.word_embedding.weight)
-        sight = Sight.of(may_attend(rank_BN, limit_BR), N - 1 - position_BR.clamp(max=N - 1), dtype)
+        sight = Sight.of(may_attend(rank_BN, limit_BR), N - 1 - position_BR.clamp(max=N - 1), N, dtype)
         encoding_PE = self.transformer.encoding(N)
         query_BQE = self.transformer.mask_emb.expand(B, position_BR.shape[1] - N, -1)
         x_BRE = self._drop(torch.cat([self.transformer.word_embedding(ids_BN), query_BQE], dim=1))

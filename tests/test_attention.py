@@ -7,11 +7,12 @@ import pytest
 import torch
 from conftest import make_model, random_batch
 
-from asarm import attention
-from asarm.attention import CacheAttention, Sight, fused_attention
+from asarm import sight as sight_module
+from asarm.attention import block_attention, fused_attention
 from asarm.density import target_states
 from asarm.engine import engine_of
 from asarm.orders import Order, content_limit, may_attend, rows_at_ranks
+from asarm.sight import Sight
 
 
 def test_masks_equal_a_triple_loop_for_all_subsets_of_four():
@@ -49,26 +50,66 @@ def slow_attention(content_q, relative_q, key, value, relative_key, may_BRN, shi
     return out
 
 
-@pytest.mark.parametrize("heads_at_a_time", [1, 2, 3, 6, 9, None])
-def test_attention_and_its_gradient_equal_a_loop(monkeypatch, heads_at_a_time):
-    """Of three sequences with three heads each; None is a GPU's way."""
-    tensors, may_BRN, shift_BR = attention_inputs()
-    monkeypatch.setattr(attention, "SCORE_BYTES", (heads_at_a_time or 1) * 4 * 10 * 8)
-    attend = CacheAttention.apply if heads_at_a_time else fused_attention
-    out_BRHD = attend(*tensors, Sight.of(may_BRN, shift_BR, torch.float64), 0.0)
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Blocks of three rows, whose slots and relative keys come in pairs."""
+    monkeypatch.setitem(sight_module.BLOCK_ROWS, torch.float32, 3)
+    monkeypatch.setattr(sight_module, "MULTIPLE", 2)
+
+
+WAYS = pytest.mark.parametrize("attend", [block_attention, fused_attention])
+
+
+def ascending_inputs(B=2, N=16, H=2, D=3):
+    """Random arguments, float64: content and query rows of an ascending order in which two tokens are given, one of
+    them late."""
+    torch.manual_seed(0)
+    visible_BN = torch.zeros(B, N, dtype=torch.bool)
+    visible_BN[:, [1, N - 2]] = True
+    order = Order.from_visible(visible_BN)
+    query = rows_at_ranks(order, order.n_visible_B, order.length_B, N)
+    limit_BR = torch.cat([content_limit(order, order.rank_BN), query.limit_BR], dim=1)
+    position_BR = torch.cat([torch.arange(N).expand(B, N), query.position_BR.clamp(max=N - 1)], dim=1)
+    shapes = ((B, 2 * N, H, D), (B, 2 * N, H, D), (B, N, H, D), (B, N, H, D), (2 * N, H, D))
+    tensors = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    return tensors, may_attend(order.rank_BN, limit_BR), N - 1 - position_BR
+
+
+@WAYS
+@pytest.mark.parametrize("inputs", [attention_inputs, ascending_inputs])
+def test_attention_and_its_gradient_equal_a_loop(attend, inputs, small_blocks):
+    tensors, may_BRN, shift_BR = inputs()
+    sight = Sight.of(may_BRN, shift_BR, min(may_BRN.shape[1:]), torch.float64)
+    out_BRHD = attend(*tensors, sight, 0.0)
     slow_BRHD = slow_attention(*tensors, may_BRN, shift_BR)
     assert torch.allclose(out_BRHD, slow_BRHD, atol=1e-12)
-    assert out_BRHD[1, 2].eq(0).all(), "a row that sees nothing"
+    assert out_BRHD[~may_BRN.any(-1)].eq(0).all(), "rows that see nothing"
     weight = torch.randn_like(out_BRHD)
     ours, slow = (torch.autograd.grad((x * weight).sum(), tensors) for x in (out_BRHD, slow_BRHD))
     for a, b in zip(ours, slow, strict=True):
         assert torch.allclose(a, b, atol=1e-12)
 
 
-@pytest.mark.parametrize("attend", [CacheAttention.apply, fused_attention])
-def test_the_gradient_of_attention_with_dropout(attend):
+def test_in_ascending_order_a_block_leaves_out_what_none_of_its_rows_sees(small_blocks):
+    _, may_BRN, shift_BR = ascending_inputs()
+    B, R, N = may_BRN.shape
+    sight = Sight.of(may_BRN, shift_BR, N, torch.float64)
+    for block in sight.blocks:
+        slots = [*range(block.n_near), *block.far_X.tolist()]
+        others = sorted(set(range(N)) - set(slots))
+        assert not may_BRN[block.sequence, block.rows][:, others].any()
+        assert torch.equal(block.bias_RS, sight.bias_BRN[block.sequence, block.rows][:, slots])
+    assert sorted(r for b in sight.blocks for r in range(R)[b.rows]) == sorted([*range(R)] * B)
+    assert any(len(block.far_X) for block in sight.blocks)
+    assert sum(block.bias_RS.numel() for block in sight.blocks) < 0.75 * may_BRN.numel()
+    queries = sight.after(N).blocks
+    assert sorted(r for b in queries for r in range(R - N)[b.rows]) == sorted([*range(R - N)] * B)
+
+
+@WAYS
+def test_the_gradient_of_attention_with_dropout(attend, small_blocks):
     tensors, may_BRN, shift_BR = attention_inputs()
-    sight = Sight.of(may_BRN, shift_BR, torch.float64)
+    sight = Sight.of(may_BRN, shift_BR, 4, torch.float64)
 
     def with_one_mask(*tensors):
         torch.manual_seed(1)
