@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from .attention import product_dtype
 from .law import Law
-from .memory import TRAINED_ROWS, call_bytes, require_memory
+from .memory import call_bytes, require_memory, trained_rows
 from .model import AnySubsetLM
 from .orders import Order, Rows, content_limit, require_token_ids, rows_at_ranks
 
@@ -47,7 +47,7 @@ def target_states(model: AnySubsetLM, ids_BN: torch.Tensor, order: Order) -> tup
 class ProjectedCrossEntropy(torch.autograd.Function):
     """Weighted sum over rows [T] of -log softmax(hidden . weight + bias)[target], in nats, float32.
 
-    ``TRAINED_ROWS`` rows at a time, each chunk's gradient at once after its loss: the [T, V] logits never exist
+    ``trained_rows`` at a time, each chunk's gradient at once after its loss: the [T, V] logits never exist
     together, and are not computed twice either (Hsu et al. 2024, arXiv 2410.10989).
     """
 
@@ -60,7 +60,7 @@ class ProjectedCrossEntropy(torch.autograd.Function):
             F.pad(x, (0,) * (2 * x.ndim - 1) + (-T % ROW_MULTIPLE,)) for x in (hidden_TE, target_T, weight_T)
         )
         hidden_grads, weight_grad, bias_grad = [], 0, 0
-        n_rows = TRAINED_ROWS[hidden_TE.device.type]
+        n_rows = trained_rows(hidden_TE.device)
         for first in range(0, len(target_T), n_rows):
             rows = slice(first, first + n_rows)
             hidden_CE = hidden_TE[rows].to(dtype)

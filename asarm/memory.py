@@ -10,10 +10,14 @@ from .errors import MemoryBudgetError
 from .model import AnySubsetLM
 
 SCORE_COPIES = 8  # float32 [rows, slots] arrays per head alive at the peak of an attention call, as measured
-TRAINED_ROWS = {"cpu": 512, "cuda": 2048}  # how many [rows, vocabulary] logits a training pass holds at a time
 # bytes that a layer keeps for the backward pass, with dropout: a row's for each of d_model and of d_inner, a score's
 KEPT_MODEL, KEPT_INNER, KEPT_SCORE = 40, 9, 5
 STATE_BYTES = 16  # a parameter's gradient, two moments, and a copy (in bfloat16, or averaged)
+
+
+def trained_rows(device: torch.device) -> int:
+    """How many [rows, vocabulary] logits a training pass holds at a time."""
+    return 512 if device.type == "cpu" else 2048
 
 
 def call_bytes(model: AnySubsetLM, batch: int, length: int, n_rows: int, n_projected: int) -> int:
@@ -39,7 +43,7 @@ def training_bytes(model: AnySubsetLM, batch: int, length: int, masked: float = 
     of_a_layer = n_rows * (KEPT_MODEL * c.d_model + KEPT_INNER * c.d_inner + KEPT_SCORE * c.n_head * length)
     inputs = n_rows * c.n_layer * c.d_model * 4
     kept = inputs + of_a_layer if model.recompute else c.n_layer * of_a_layer
-    logits = min(batch * length, TRAINED_ROWS[model.device.type]) * c.vocab_size * 14
+    logits = min(batch * length, trained_rows(model.device)) * c.vocab_size * 14
     return kept + of_a_layer + logits + model.num_parameters() * STATE_BYTES // n_shards
 
 

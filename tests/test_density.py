@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from asarm import Law, Order, conditional_log_probs, density, joint_log_prob
+from asarm.memory import trained_rows
 from asarm.train.config import ObjectiveConfig
 from asarm.train.objective import Batch, Objective
 
@@ -91,7 +92,7 @@ def test_a_given_token_has_log_probability_zero():
 
 def test_the_chunked_loss_equals_cross_entropy_and_never_holds_all_logits():
     torch.manual_seed(0)
-    T, V, E = 2 * density.TRAINED_ROWS["cpu"] + 7, 50, 8
+    T, V, E = 2 * trained_rows(torch.device("cpu")) + 7, 50, 8
     model = make_model(vocab_size=V, d_model=E)
     hidden_TE = torch.randn(T, E, requires_grad=True)
     target_T, weight_T = torch.randint(0, V, (T,)), torch.rand(T)
@@ -114,6 +115,6 @@ def test_the_chunked_loss_equals_cross_entropy_and_never_holds_all_logits():
     assert loss.item() == pytest.approx(plain.item(), rel=1e-6)
     for a, b in zip(found, expected, strict=True):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-5)
-    assert largest == density.TRAINED_ROWS["cpu"] * V
+    assert largest == trained_rows(torch.device("cpu")) * V
     with torch.no_grad():
         assert density.cross_entropy_sum(model, hidden_TE, target_T, weight_T).item() == loss.item()
