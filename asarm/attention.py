@@ -120,7 +120,7 @@ class Windows(torch.autograd.Function):
         (shift_BR,), N = ctx.saved_tensors, grad_HBRN.shape[-1]
         place_BRP = torch.arange(ctx.n_relative, device=shift_BR.device) - shift_BR[..., None]
         grad_HBRP = grad_HBRN.gather(3, place_BRP.clamp(0, N - 1).expand(len(grad_HBRN), -1, -1, -1))
-        return grad_HBRP.where((place_BRP >= 0) & (place_BRP < N), 0), None, None
+        return grad_HBRP.masked_fill_((place_BRP < 0) | (place_BRP >= N), 0), None, None
 
 
 def relative_encoding(length: int, d_model: int, clamp_len: int, device: torch.device) -> torch.Tensor:

@@ -33,13 +33,13 @@ class SamplerConfig:
         top_p: draw only from the fewest tokens that hold this share of the probability.
         bonus_token: after k accepted drafts, draw one more from the verification pass.
         one_pass: draft in the pass that verifies the drafts before, one call a round (assd and assd-head; default: with
-            assd-head on a GPU, where that was measured to take least).
+            assd-head on a GPU, where that was measured to take least at batch 1).
         draft_only_temperature: the temperature shapes only the drafts after the first; the law is that of temperature 1
             (an ablation of Guo & Ermon 2025).
         accept_slack: added to the probability of keeping a draft; above 0 the law is lost (an ablation of Guo & Ermon
             2025; not with greedy, top_k or top_p).
         banned_ids: token ids that are never drawn; the mask token always is one.
-        compile: run the network through torch.compile; pays for itself in long runs on a GPU.
+        compile: run rounds through torch.compile; pays for itself in long runs on a GPU.
     """
 
     name: str = "assd"

@@ -27,14 +27,12 @@ def _of_a_cpu(x: torch.Tensor, p: float) -> torch.Tensor:
 
 
 def signs(x: torch.Tensor, p: float) -> torch.Tensor:
-    """Numbers (or none) of the type and shape of ``x`` whose sign bit is random: set with probability ``p``."""
-    if x.device.type != "cpu":
-        return torch.rand(x.shape, device=x.device).sub_(p).to(x.dtype)
+    """Numbers (or none) of the type and shape of ``x``, on a CPU, whose sign bit is random: set with probability
+    ``p``."""
     integers = _integers(x, p)
     return integers.view(x.dtype) if x.dtype == torch.bfloat16 else integers.to(x.dtype)
 
 
-@torch.compiler.disable
 def _integers(x: torch.Tensor, p: float) -> torch.Tensor:
     """Random int16 numbers of the shape of ``x``, negative with probability ``p``."""
     seed = torch.randint(2**63 - 1, ()).item()

@@ -67,7 +67,7 @@ def ids_on(device: torch.device, ids: tuple[int, ...]) -> torch.Tensor:
 
 @cache
 def _ids_on(device: torch.device, ids: tuple[int, ...]) -> torch.Tensor:
-    return torch.tensor(ids, device=device)
+    return torch.tensor(ids, dtype=torch.long, device=device)
 
 
 def _outside_nucleus(scaled: torch.Tensor, top_p: float) -> torch.Tensor:

@@ -12,6 +12,7 @@ from .model import AnySubsetLM
 SCORE_COPIES = 8  # float32 [rows, slots] arrays per head alive at the peak of an attention call, as measured
 # bytes that a layer keeps for the backward pass, with dropout: a row's for each of d_model and of d_inner, a score's
 KEPT_MODEL, KEPT_INNER, KEPT_SCORE = 40, 9, 5
+GPU_SCORE = 27  # a score's at most in a layer's backward pass on a GPU: bias, gradients, relative positions and places
 STATE_BYTES = 16  # a parameter's gradient, two moments, and a copy (in bfloat16, or averaged)
 
 
@@ -41,10 +42,13 @@ def training_bytes(model: AnySubsetLM, batch: int, length: int, masked: float = 
     """
     c, n_rows = model.config, math.ceil((1 + masked) * batch * length)
     of_a_layer = n_rows * (KEPT_MODEL * c.d_model + KEPT_INNER * c.d_inner + KEPT_SCORE * c.n_head * length)
+    gradients = of_a_layer
+    if model.device.type != "cpu":
+        gradients += n_rows * (GPU_SCORE - KEPT_SCORE) * c.n_head * length
     inputs = n_rows * c.n_layer * c.d_model * 4
     kept = inputs + of_a_layer if model.recompute else c.n_layer * of_a_layer
     logits = min(batch * length, trained_rows(model.device)) * c.vocab_size * 14
-    return kept + of_a_layer + logits + model.num_parameters() * STATE_BYTES // n_shards
+    return kept + gradients + logits + model.num_parameters() * STATE_BYTES // n_shards
 
 
 def require_memory(

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from asarm import SamplerConfig, sample
 from asarm.errors import ConfigError
+from asarm.sampling import replay
 from asarm.sampling.decoding import Decoding, Draft
 from asarm.sampling.replay import Replay, compiled
 from asarm.sampling.sample import ROUNDS
@@ -55,16 +56,16 @@ def tapes(monkeypatch):
         return made[-1]
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", tape)
-    monkeypatch.setattr(torch.cuda, "graph", lambda tape: tape)
+    monkeypatch.setattr(replay, "recording", lambda tape, device: tape)
     return made
 
 
-def replayed(name):
+def replayed(name, **settings):
     """Sequences of several lengths, more of them than are decoded together: as they are sampled, and as they are with
     rounds that are recorded, each a list of what becomes of a sequence."""
     model = with_random_head(make_model(vocab_size=V, seed=5, spread=0.5))
     ids_BN, order = random_batch(V, 7, 14, seed=1, lengths=[14, 9, 14, 5, 12, 14, 1])
-    config = SamplerConfig.named(name, k=3)
+    config = SamplerConfig.named(name, **({"k": 3} | settings))
     plain = sample(model, ids_BN, order, config, seed=2)
     with torch.no_grad():  # compile: with shapes that do not change
         state = Decoding(model, ids_BN, order, replace(config, compile=True), 2, list(range(7)), batch_size=3)
@@ -80,9 +81,29 @@ def test_replayed_rounds_draw_the_same_tokens(name, tapes):
     assert len(tapes) == 1 and tapes[0].played > 3
 
 
+OTHERS = pytest.mark.parametrize(
+    "settings",
+    [
+        {"greedy": True},
+        {"temperature": 0.7, "draft_only_temperature": True},
+        {"top_k": 4, "top_p": 0.8},
+        {"bonus_token": False},
+        {"k": 1},
+        {"banned_ids": (3, 5)},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+
+
+@OTHERS
+def test_replayed_rounds_with_other_settings(settings, tapes):
+    for plain, found in zip(*replayed("assd", **settings), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(plain, found, strict=True))
+
+
 def test_a_draft_that_does_not_lie_where_the_last_one_lay_is_noticed(tapes, monkeypatch):
     """The negative control."""
-    monkeypatch.setattr(Draft, "replaced_by", lambda self, other: other)
+    monkeypatch.setattr(Draft, "copy_", lambda self, other: None)
     assert any(not torch.equal(plain[0], found[0]) for plain, found in zip(*replayed("assd+one-pass"), strict=True))
 
 
@@ -109,20 +130,39 @@ def test_a_round_is_one_graph_that_draws_the_same_tokens(name, graphs):
     assert len(graphs) == (2 if name == "parallel" else 1), "parallel's first round has fewer content rows"
 
 
+def test_compiled_rounds_of_other_laws_do_not_take_the_first_ones_graph(graphs):
+    for settings in (
+        {"banned_ids": (3, 5)},
+        {"banned_ids": (4, 5)},
+        {"greedy": True},
+        {"temperature": 0.7},
+        {"top_k": 4},
+    ):
+        compare("assd", **settings)
+    assert len(graphs) == 5
+
+
 @pytest.mark.slow
 def test_compiled_rounds_draw_the_same_tokens():
     compiled.cache_clear()
     compare("assd-head+one-pass")
 
 
-def compare(name):
+def compare(name, **settings):
     model = with_random_head(make_model(vocab_size=V, seed=5, spread=0.5))
     ids_BN, order = random_batch(V, 5, 14, seed=1)
-    config = SamplerConfig.named(name, k=2)
+    config = SamplerConfig.named(name, k=2, **settings)
     plain = sample(model, ids_BN, order, config, seed=2)
     through_compile = sample(model, ids_BN, order, replace(config, compile=True), seed=2, batch_size=3)
     assert torch.equal(plain.ids_BN, through_compile.ids_BN)
     assert torch.equal(plain.nfe_B, through_compile.nfe_B)
+
+
+def test_nothing_need_be_banned(tapes):
+    """The mask token may lie outside the vocabulary."""
+    model = make_model(vocab_size=V, mask_token_id=V)
+    done = sample(model, *random_batch(V, 3, 8), SamplerConfig("assd-ngram", k=2))
+    assert done.nfe_B.gt(0).all()
 
 
 def decode_in_batches(model, sizes):

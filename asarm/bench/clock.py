@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import torch
 
+from ..sampling.replay import recording
+
 
 def synchronise(device: torch.device) -> None:
     if device.type == "cuda":
@@ -31,7 +33,7 @@ def as_decoded(work: Callable[[], object], device: torch.device) -> Callable[[],
         return work
     work()  # libraries prepare themselves in a first call
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with recording(graph, device):
         work()
     return graph.replay
 

@@ -26,7 +26,7 @@ class BenchDecodeConfig:
         batch_sizes: sequences decoded together.
         dtypes: float32, bfloat16.
         samplers: as in the evaluations, all with the same k.
-        compile: run the network through torch.compile.
+        compile: run rounds through torch.compile.
         rounds: timed rounds at each of four points on the way through a sequence.
         baseline: time Hugging Face's uncached XLNet and cached GPT-2 small as well.
         memory_lengths: lengths to measure the peak memory of one sequence at.

@@ -22,7 +22,7 @@ from ..loading import load
 from ..model import AnySubsetLM
 from ..orders import Order
 from ..sampling.decoding import Decoding, drafter_for
-from ..sampling.replay import prepared
+from ..sampling.replay import prepared, shape_by_shape
 from ..sampling.sample import ROUNDS
 from .clock import as_decoded, median_seconds, synchronise
 from .config import ARCHITECTURES, POINTS, WARM_UP, BenchDecodeConfig
@@ -169,6 +169,6 @@ def round_seconds(
 
     for _ in state.run(timed_round):
         pass
-    again = torch.compile(engine.again, dynamic=False) if config.compile else engine.again
+    again = shape_by_shape(engine.again) if config.compile else engine.again
     calls = median_seconds(as_decoded(again, model.device), model.device, config.rounds)
     return statistics.median(seconds[WARM_UP:]), calls / CALLS_PER_ROUND.get(name, 1)

@@ -98,7 +98,11 @@ def report(result: dict) -> str:
             text += f", uncached Hugging Face call {1e3 * of_dtype[0]['uncached_call_seconds']:.0f} ms"
         lines.append(text)
     if result["draft_steps"]:
-        lines += ["", f"A round's {config['k']} draft steps in ms, by the rank of the head's correction:", ""]
+        lines += [
+            "",
+            f"A round's {config['k']} draft steps in ms (not compiled), by the rank of the head's correction:",
+            "",
+        ]
         lines += [
             "| dtype | batch | rank 128 | full | full, 8,192 tokens | rank 128 / call |",
             "|---|---|---|---|---|---|",

@@ -47,7 +47,7 @@ class SamplingConfig(ModelConfig):
         greedy: always the most likely token.
         top_k: draw only from so many most likely tokens.
         top_p: draw only from the fewest tokens that hold this share of the probability.
-        compile: run the network through torch.compile (CUDA graphs on a GPU).
+        compile: run rounds through torch.compile.
     """
 
     k: int = 5
@@ -69,9 +69,8 @@ class InfillConfig(SamplingConfig):
     Args:
         text: with <mask> (one token) and <mask:n> (n tokens) where something is to be filled in; - reads standard
             input.
-        sampler: sequential, assd, assd-head, assd-ngram or parallel (biased); assd and assd-head are one-pass where
-            that is
-            faster, or with +one-pass.
+        sampler: sequential, assd, assd-head, assd-ngram or parallel (biased); assd-head is one-pass on a GPU, and it and
+            assd are with +one-pass.
         num_samples: how many fillings.
     """
 

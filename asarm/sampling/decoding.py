@@ -58,7 +58,8 @@ class Completion:
 
 @dataclass(frozen=True)
 class Draft:
-    """Drafted tokens: their rows, ids [B, K] and the distributions [B, K, V] that they were drawn from."""
+    """Drafted tokens: their rows, ids [B, K] and the distributions [B, K, V] that they were drawn from. Their values may
+    change in place."""
 
     rows: Rows
     ids_BK: torch.Tensor
@@ -70,12 +71,11 @@ class Draft:
         ids_BK = torch.zeros_like(rows.rank_BR)
         return cls(rows, ids_BK, torch.zeros(*ids_BK.shape, vocab_size, dtype=torch.float64, device=ids_BK.device))
 
-    def replaced_by(self, other: "Draft") -> "Draft":
-        """``other``, where this one lies in memory."""
+    def copy_(self, other: "Draft") -> None:
+        """Take over the values of ``other``, in place."""
         self.rows.copy_(other.rows)
         self.ids_BK.copy_(other.ids_BK)
         self.probs_BKV.copy_(other.probs_BKV)
-        return self
 
 
 COUNTS = ("nfe_B", "aux_nfe_B", "rounds_B", "proposed_BK", "accepted_BK")

@@ -5,9 +5,9 @@ times as long as they take; a graph starts them together. A round can be recorde
 reads nothing back from the device, and the state that it leaves to the next lies where it found it.
 """
 
-from collections.abc import Callable
-from contextlib import nullcontext
-from functools import cache
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import cache, wraps
 
 import torch
 
@@ -21,6 +21,19 @@ def prepared(play_round: Round, device: torch.device, compile: bool) -> Round:
     """``play_round`` as it is played on a device: as a graph on a GPU, as it is elsewhere; compiled if so asked."""
     play_round = compiled(play_round) if compile else play_round
     return Replay(play_round) if device.type == "cuda" else play_round
+
+
+@contextmanager
+def recording(graph: torch.cuda.CUDAGraph, device: torch.device) -> Iterator[None]:
+    """What is started in here on ``device`` becomes part of ``graph`` instead."""
+    with torch.cuda.device(device), torch.cuda.graph(graph, stream=_stream_of(device)):
+        yield
+
+
+@cache
+def _stream_of(device: torch.device) -> torch.cuda.Stream:
+    """PyTorch's own stream for recordings lies on the device that was current first."""
+    return torch.cuda.Stream(device)
 
 
 class Replay:
@@ -39,7 +52,7 @@ class Replay:
             return
         if width not in self._recorded:
             graph = torch.cuda.CUDAGraph()
-            self._play(state, torch.cuda.graph(graph))
+            self._play(state, recording(graph, state.settled_B.device))
             self._recorded[width] = graph, state.backlog
         graph, state.backlog = self._recorded[width]
         graph.replay()
@@ -49,28 +62,32 @@ class Replay:
             before = state.draft
             self.play_round(state)
             if before is not None:
-                state.draft = before.replaced_by(state.draft)
+                before.copy_(state.draft)
+                state.draft = before
 
 
-@cache
-def compiled(play_round: Round) -> Round:
-    """``play_round`` through :func:`torch.compile`, once for every shape of the state.
+def shape_by_shape(function: Callable) -> Callable:
+    """``function`` through :func:`torch.compile`, once for every shape (model, type, law) of what it is given.
 
     Raises :class:`~asarm.errors.ConfigError` at a shape that is one too many for the process, where torch.compile would
     go on without compiling, and that from the ninth on.
     """
-    by_shape = torch.compile(play_round, dynamic=False)
+    by_shape = torch.compile(function, dynamic=False)
     most = torch._dynamo.config.accumulated_recompile_limit
     limits = torch._dynamo.config.patch(recompile_limit=most, fail_on_recompile_limit_hit=True)
 
-    def call(state: Decoding) -> None:
+    @wraps(function)
+    def call(*arguments):
         try:
             with limits:
-                by_shape(state)
+                return by_shape(*arguments)
         except torch._dynamo.exc.FailOnRecompileLimitHit as error:
             raise ConfigError(
                 f"compile makes a graph for every shape of a round, and one process at most {most}: leave it out, or "
-                "decode fewer lengths, batch sizes and values of k in one process"
+                "decode fewer models, lengths, batch sizes, values of k and laws in one process"
             ) from error
 
     return call
+
+
+compiled = cache(shape_by_shape)  # a round's function once and for all
