@@ -69,8 +69,8 @@ class InfillConfig(SamplingConfig):
     Args:
         text: with <mask> (one token) and <mask:n> (n tokens) where something is to be filled in; - reads standard
             input.
-        sampler: sequential, assd, assd-head, assd-ngram or parallel (biased); assd-head is one-pass on a GPU, and it and
-            assd are with +one-pass.
+        sampler: sequential, assd, assd-head, assd-ngram or parallel (biased); assd-head is one-pass on a GPU, and
+            assd and assd-head are with +one-pass.
         num_samples: how many fillings.
     """
 

@@ -58,8 +58,10 @@ class Completion:
 
 @dataclass(frozen=True)
 class Draft:
-    """Drafted tokens: their rows, ids [B, K] and the distributions [B, K, V] that they were drawn from. Their values may
-    change in place."""
+    """Drafted tokens: their rows, ids [B, K] and the distributions [B, K, V] that they were drawn from.
+
+    Their values may change in place.
+    """
 
     rows: Rows
     ids_BK: torch.Tensor
