@@ -6,8 +6,8 @@ reads nothing back from the device, and the state that it leaves to the next lie
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from functools import cache, wraps
+from contextlib import contextmanager
+from functools import cache
 
 import torch
 
@@ -48,22 +48,22 @@ class Replay:
         width = state.backlog
         if width not in self._met:  # libraries prepare themselves in a first call, which cannot be recorded
             self._met.add(width)
-            self._play(state, nullcontext())
+            self._play(state)
             return
         if width not in self._recorded:
             graph = torch.cuda.CUDAGraph()
-            self._play(state, recording(graph, state.settled_B.device))
+            with recording(graph, state.settled_B.device):
+                self._play(state)
             self._recorded[width] = graph, state.backlog
         graph, state.backlog = self._recorded[width]
         graph.replay()
 
-    def _play(self, state: Decoding, context) -> None:
-        with context:
-            before = state.draft
-            self.play_round(state)
-            if before is not None:
-                before.copy_(state.draft)
-                state.draft = before
+    def _play(self, state: Decoding) -> None:
+        before = state.draft
+        self.play_round(state)
+        if before is not None:
+            before.copy_(state.draft)
+            state.draft = before
 
 
 def shape_by_shape(function: Callable) -> Callable:
@@ -76,7 +76,6 @@ def shape_by_shape(function: Callable) -> Callable:
     most = torch._dynamo.config.accumulated_recompile_limit
     limits = torch._dynamo.config.patch(recompile_limit=most, fail_on_recompile_limit_hit=True)
 
-    @wraps(function)
     def call(*arguments):
         try:
             with limits:
