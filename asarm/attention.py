@@ -53,12 +53,12 @@ class RelativeAttention(nn.Module):
         """What becomes of the rows of ``x_BRE`` from ``first`` on when each has attended to the slots, which hold the
         first ``n_content`` of all rows."""
         narrow_BRE = x_BRE.to(product_dtype(x_BRE))  # once, and not for each of the three products
-        content_BNE = narrow_BRE[:, :n_content]
-        q_BRHD = self._heads(narrow_BRE[:, first:], self.q)
-        scale = q_BRHD.shape[-1] ** -0.5
+        content_BNE = narrow_BRE[:, :n_content].contiguous()
+        scale = self.q.shape[-1] ** -0.5  # of the few weights, not of the many queries
+        q_BRHD = self._heads(narrow_BRE[:, first:], self.q * scale)
         attended_BRHD = attend(
-            (q_BRHD + self.r_w_bias).mul(scale).to(q_BRHD.dtype),
-            (q_BRHD + self.r_r_bias).mul(scale).to(q_BRHD.dtype),
+            (q_BRHD + self.r_w_bias * scale).to(q_BRHD.dtype),
+            (q_BRHD + self.r_r_bias * scale).to(q_BRHD.dtype),
             self._heads(content_BNE, self.k),
             self._heads(content_BNE, self.v),
             self.relative_key(encoding_PE),

@@ -1,19 +1,23 @@
 """``python -m asarm bench train``: an optimiser step of this program and of Hugging Face's XLNet on the same batch.
 
 Both start from the same weights and predict the same targets under the same masks (permutation language modelling
-through ``perm_mask`` and ``target_mapping``, as the paper's code does), with XLNet's dropout. Each is measured in a
-process of its own: the most memory that weights, optimiser and two steps take, the median time of a step, and the
-losses of two steps from the same weights without dropout, which say that it is the same work.
+through ``perm_mask`` and ``target_mapping``, as the paper's code does), with XLNet's dropout. Each has a process of its
+own, and the two take turns, step by step. Measured are the most memory that weights, optimiser and two steps take, the
+median time of a step, and the losses of two steps from the same weights without dropout, which say that it is the same
+work.
 
 What no program can beat is the time of the matrix products. The operations of a step's products are counted, and a bare
 product says how many of them the machine makes in a second.
 """
 
 import math
+import statistics
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from multiprocessing import get_context
 
 import numpy as np
@@ -30,7 +34,7 @@ from ..runlog import provenance
 from ..train.config import MaskingConfig, ObjectiveConfig, OptimizerConfig
 from ..train.objective import Batch, Objective, make_batch
 from ..train.trainer import build_optimizer
-from .clock import median_seconds, seconds_of
+from .clock import seconds_of
 from .config import ARCHITECTURES, BenchTrainConfig
 from .memory import peak_bytes
 
@@ -48,10 +52,7 @@ def bench(config: BenchTrainConfig) -> dict:
         architecture = ARCHITECTURES[config.size] | {"dropout": config.dropout}
         AnySubsetLM(XLNetConfig(**architecture, mem_len=None)).save_pretrained(folder)
         for dtype in config.dtypes:
-            for system in (THEIRS, OURS):
-                with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-                    measured = pool.submit(_measure, config, folder, system, dtype).result()
-                rows.append({"dtype": dtype, "system": system} | measured)
+            rows += _side_by_side(config, folder, dtype)
     seconds = {(row["dtype"], row["system"]): row["step_seconds"] for row in rows}
     faster = {dtype: seconds[dtype, THEIRS] / seconds[dtype, OURS] for dtype in config.dtypes}
     if {"float32", "bfloat16"} <= set(config.dtypes):
@@ -71,34 +72,62 @@ def _limit(rows: list[dict], dtype: str) -> float:
     return theirs["step_seconds"] / (ours["step_flop"] / ours["product_flop_per_second"])
 
 
-def _measure(config: BenchTrainConfig, folder: str, system: str, dtype: str) -> dict[str, float]:
+def _side_by_side(config: BenchTrainConfig, folder: str, dtype: str) -> list[dict]:
+    """A row of the table for each system; their steps take turns, so that what else the machine does meets both."""
+    with ExitStack() as stack:
+        pools = {
+            system: stack.enter_context(ProcessPoolExecutor(1, mp_context=get_context("spawn")))
+            for system in (THEIRS, OURS)
+        }
+        begun = {s: pool.submit(_begin, config, folder, s, dtype).result() for s, pool in pools.items()}
+        turns = [{s: pool.submit(_step, s).result() for s, pool in pools.items()} for _ in range(1 + config.repeats)]
+        ended = {s: pool.submit(_end, config, folder, s, dtype).result() for s, pool in pools.items()}
+    rows = []
+    for system in pools:
+        seconds = statistics.median(turn[system] for turn in turns[1:])  # a heap still grows in its third step
+        speed = {"step_seconds": seconds, "tokens_per_second": config.batch_size * config.length / seconds}
+        rows.append({"dtype": dtype, "system": system} | speed | begun[system] | ended[system])
+    return rows
+
+
+_STEPS: dict[str, Callable[[], float]] = {}  # of this process, by system
+
+
+def _begin(config: BenchTrainConfig, folder: str, system: str, dtype: str) -> dict[str, int]:
+    """Make a system's step and take two; how much memory that takes."""
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
-    device = this_device()
-    batch = batch_of(config).to(device)
-    number_type, steps = getattr(torch, dtype), []
-    make, settings = their_step, {}
     if system == OURS:
         keep_freed_memory()  # as every command of this program does
-        make, settings = our_step, {"compile": config.compile}
 
     def begin() -> None:
-        steps.append(make(folder, batch, number_type, **settings))
-        steps[0]()
-        steps[0]()
+        settings = {"compile": config.compile} if system == OURS else {}
+        _STEPS[system] = _maker(config, folder, system, dtype)(**settings)
+        _STEPS[system]()
+        _STEPS[system]()
 
-    peak = peak_bytes(begin, device)
-    seconds = median_seconds(steps[0], device, config.repeats)
-    steps.clear()
-    flop = product_flop(make(folder, batch, number_type))  # the counter does not look into what is compiled
-    without_dropout = make(folder, batch, number_type, dropout=0.0)
+    return {"peak": peak_bytes(begin, this_device())}
+
+
+def _maker(config: BenchTrainConfig, folder: str, system: str, dtype: str) -> Callable[..., Callable[[], float]]:
+    make = our_step if system == OURS else their_step
+    return partial(make, folder, batch_of(config).to(this_device()), getattr(torch, dtype))
+
+
+def _step(system: str) -> float:
+    return seconds_of(_STEPS[system], this_device(), repeats=1, warm_up=0)[0]
+
+
+def _end(config: BenchTrainConfig, folder: str, system: str, dtype: str) -> dict:
+    """What a step consists of, and the losses without dropout."""
+    del _STEPS[system]
+    make = _maker(config, folder, system, dtype)
+    flop = product_flop(make())  # the counter does not look into what is compiled
+    without_dropout = make(dropout=0.0)
     return {
-        "step_seconds": seconds,
-        "tokens_per_second": config.batch_size * config.length / seconds,
-        "peak": peak,
         "losses": [without_dropout(), without_dropout()],
         "step_flop": flop,
-        "product_flop_per_second": product_speed(device, number_type, config.repeats),
+        "product_flop_per_second": product_speed(this_device(), getattr(torch, dtype), config.repeats),
     }
 
 
