@@ -127,19 +127,21 @@ def test_the_estimate_grows_as_it_should():
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts page faults with Linux's getrusage")
-def test_freed_memory_is_kept():
+def test_freed_memory_is_kept_until_it_is_released():
     script = (
-        "import resource, sys, torch; from asarm.allocation import keep_freed_memory\n"
+        "import resource, sys, torch; from asarm.allocation import keep_freed_memory, release_freed_memory\n"
         "def faults():\n"
         "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "    torch.zeros(2**24).add_(1)\n"
         "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
         "def fewest(): return min(faults() for _ in range(8))\n"
-        "default = fewest(); keep_freed_memory(); print(default, fewest())"
+        "default = fewest(); keep_freed_memory(); kept = fewest(); release_freed_memory()\n"
+        "print(default, kept, faults())"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    default, kept = map(int, done.stdout.split())
+    default, kept, released = map(int, done.stdout.split())
     assert default > 10_000 > 100 > kept, "of 16,384 pages of 4 KiB"
+    assert released > 10_000
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's malloc")

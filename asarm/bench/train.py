@@ -2,9 +2,9 @@
 
 Both start from the same weights and predict the same targets under the same masks (permutation language modelling
 through ``perm_mask`` and ``target_mapping``, as the paper's code does), with XLNet's dropout. Each has a process of its
-own, and the two take turns of two steps. Measured are the most memory that weights, optimiser and two steps take, the
-median time of a turn's second step, and the losses of two steps from the same weights without dropout, which say that
-it is the same work.
+own, and they take turns. Measured are the most memory that weights, optimiser and two steps take, the median time of a
+turn's second step, and the losses of two steps from the same weights without dropout, which say that it is the same
+work.
 
 What no program can beat is the time of the matrix products. The operations of a step's products are counted, and a bare
 product says how many of them the machine makes in a second.
@@ -25,7 +25,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import XLNetConfig, XLNetLMHeadModel
 
-from ..allocation import keep_freed_memory
+from ..allocation import keep_freed_memory, release_freed_memory
 from ..engine import warn_if_emulated
 from ..loading import this_device
 from ..model import AnySubsetLM
@@ -73,7 +73,7 @@ def _limit(rows: list[dict], dtype: str) -> float:
 
 
 def _side_by_side(config: BenchTrainConfig, folder: str, dtype: str) -> list[dict]:
-    """A row of the table for each system; their steps take turns, so that what else the machine does meets both."""
+    """A row of the table for each system; they take turns, so that what else the machine does meets both."""
     with ExitStack() as stack:
         pools = {
             system: stack.enter_context(ProcessPoolExecutor(1, mp_context=get_context("spawn")))
@@ -106,7 +106,9 @@ def _begin(config: BenchTrainConfig, folder: str, system: str, dtype: str) -> di
         _STEPS[system]()
         _STEPS[system]()
 
-    return {"peak": peak_bytes(begin, this_device())}
+    peak = peak_bytes(begin, this_device())
+    release_freed_memory()
+    return {"peak": peak}
 
 
 def _maker(config: BenchTrainConfig, folder: str, system: str, dtype: str) -> Callable[..., Callable[[], float]]:
@@ -115,8 +117,11 @@ def _maker(config: BenchTrainConfig, folder: str, system: str, dtype: str) -> Ca
 
 
 def _turn(system: str) -> float:
-    """Two steps, the second timed: the first finds the memory that the last turn freed gone, and a heap that grows."""
-    return seconds_of(_STEPS[system], this_device(), repeats=1)[0]
+    """Seconds of the second of two steps: between turns a system holds no more than it must, and its first step has to
+    get memory."""
+    seconds = seconds_of(_STEPS[system], this_device(), repeats=1)[0]
+    release_freed_memory()
+    return seconds
 
 
 def _end(config: BenchTrainConfig, folder: str, system: str, dtype: str) -> dict:
