@@ -53,7 +53,7 @@ class RelativeAttention(nn.Module):
         """What becomes of the rows of ``x_BRE`` from ``first`` on when each has attended to the slots, which hold the
         first ``n_content`` of all rows."""
         narrow_BRE = x_BRE.to(product_dtype(x_BRE))  # once, and not for each of the three products
-        content_BNE = narrow_BRE[:, :n_content].contiguous()
+        content_BNE = narrow_BRE[:, :n_content].contiguous()  # nor copied for both that read it
         scale = self.q.shape[-1] ** -0.5  # of the few weights, not of the many queries
         q_BRHD = self._heads(narrow_BRE[:, first:], self.q * scale)
         attended_BRHD = attend(

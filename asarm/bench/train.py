@@ -117,8 +117,8 @@ def _maker(config: BenchTrainConfig, folder: str, system: str, dtype: str) -> Ca
 
 
 def _turn(system: str) -> float:
-    """Seconds of the second of two steps: between turns a system holds no more than it must, and its first step has to
-    get memory."""
+    """Seconds of the second of two steps: on a CPU a system holds no more than it must between turns, and the first
+    step has to get memory."""
     seconds = seconds_of(_STEPS[system], this_device(), repeats=1)[0]
     release_freed_memory()
     return seconds
