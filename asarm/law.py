@@ -37,9 +37,9 @@ class Law:
         """Log-probabilities [..., V] in float64 (-inf where banned or cut off)."""
         return torch.log_softmax(self._shaped(logits), dim=-1)
 
-    def probs(self, logits: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """Probabilities [..., V] in float64; in ``out``, where it is given."""
-        return torch.softmax(self._shaped(logits), dim=-1, out=out)
+    def probs(self, logits: torch.Tensor) -> torch.Tensor:
+        """Probabilities [..., V] in float64."""
+        return torch.softmax(self._shaped(logits), dim=-1)
 
     def _shaped(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits [..., V] of the law, in float64."""

@@ -176,11 +176,9 @@ def _no_residual(monkeypatch):
 
 def _temperature_twice(monkeypatch):
     original = Law.probs
-
-    def probs(self, *given, **kept):
-        return original(replace(self, temperature=self.temperature**2), *given, **kept)
-
-    monkeypatch.setattr(Law, "probs", probs)
+    monkeypatch.setattr(
+        Law, "probs", lambda self, logits: original(replace(self, temperature=self.temperature**2), logits)
+    )
 
 
 def _mask_mass_not_renormalised(monkeypatch):

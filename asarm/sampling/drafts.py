@@ -43,11 +43,12 @@ def head_draft(state: Decoding, rows: Rows, states_BWE: torch.Tensor, first_B: t
     steps = state.drafter.begin(window, logits_BKV, first_B, before_BW[:, : W - K])
     token_B = before_BW.gather(1, first_B[:, None])[:, 0]
     time_BKX = start_race(state.uniforms(state.draft_uniform_BN, rows), logits_BKV.shape[-1])
-    ids, probs_KBV = [], logits_BKV.new_empty(K, *logits_BKV[:, 0].shape, dtype=torch.float64)
+    ids, probs = [], []
     for j, law in enumerate(_laws(state, n_missing)):
-        token_B = winner(law.probs(steps.step(j, token_B), out=probs_KBV[j]), time_BKX[:, j])
+        probs.append(law.probs(steps.step(j, token_B)))
+        token_B = winner(probs[-1], time_BKX[:, j])
         ids.append(token_B)
-    return Draft(rows, torch.stack(ids, dim=1), probs_KBV.transpose(0, 1))
+    return Draft(rows, torch.stack(ids, dim=1), torch.stack(probs, dim=1))
 
 
 def _laws(state: Decoding, n_missing: int) -> list[Law]:
