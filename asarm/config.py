@@ -12,6 +12,7 @@ from .errors import ConfigError
 SAMPLERS = ("sequential", "assd", "assd-head", "assd-ngram", "parallel")
 ONE_PASS = "+one-pass"
 ONE_PASS_SAMPLERS = ("assd", "assd-head")
+VERIFICATIONS = ("token", "block")
 
 
 def require(ok: bool, name: str, value: object, rule: str) -> None:
@@ -34,10 +35,12 @@ class SamplerConfig:
         bonus_token: after k accepted drafts, draw one more from the verification pass.
         one_pass: draft in the pass that verifies the drafts before, one call a round (assd and assd-head; default: with
             assd-head on a GPU, where that was measured to take least at batch 1).
+        verification: of drafts: token (each by itself, as in Guo & Ermon 2025) or block (those of a round together, Sun
+            et al. 2025: fewer calls, the same law); default: block with assd-head, token otherwise.
         draft_only_temperature: the temperature shapes only the drafts after the first; the law is that of temperature 1
             (an ablation of Guo & Ermon 2025).
         accept_slack: added to the probability of keeping a draft; above 0 the law is lost (an ablation of Guo & Ermon
-            2025; not with greedy, top_k or top_p).
+            2025; not with greedy, top_k or top_p; token by token).
         banned_ids: token ids that are never drawn; the mask token always is one.
         compile: run rounds through torch.compile; pays for itself in long runs on a GPU.
     """
@@ -50,6 +53,7 @@ class SamplerConfig:
     top_p: float | None = None
     bonus_token: bool = True
     one_pass: bool | None = None
+    verification: str | None = None
     draft_only_temperature: bool = False
     accept_slack: float = 0.0
     banned_ids: tuple[int, ...] = ()
@@ -68,9 +72,13 @@ class SamplerConfig:
             not self.one_pass or self.bonus_token, "bonus_token", False, "true with one_pass, which always draws it"
         )
         drafts = self.name.startswith("assd")
+        require(self.verification in (None, *VERIFICATIONS), "verification", self.verification, "token or block")
+        require(drafts or self.verification is None, "verification", self.name, "used with assd")
         require(drafts or not self.draft_only_temperature, "draft_only_temperature", self.name, "used with assd")
         require(self.accept_slack >= 0, "accept_slack", self.accept_slack, "0 or more")
         require(drafts or not self.accept_slack, "accept_slack", self.name, "used with assd")
+        by_token = self.verification != "block"
+        require(by_token or not self.accept_slack, "accept_slack", self.accept_slack, "0 with verification block")
         whole = not self.greedy and self.top_k is None and self.top_p is None
         rule = "0 with greedy, top_k or top_p, under which a draft that is kept too readily can have probability 0"
         require(whole or not self.accept_slack, "accept_slack", self.accept_slack, rule)
@@ -90,6 +98,13 @@ class SamplerConfig:
     def full_name(self) -> str:
         """The name in the evaluations' tables."""
         return self.name + ONE_PASS * bool(self.one_pass)
+
+    @property
+    def verifies_blocks(self) -> bool:
+        """Whether the drafts of a round are judged together."""
+        if self.verification is None:
+            return self.name == "assd-head" and self.accept_slack == 0
+        return self.verification == "block"
 
     @property
     def lossless(self) -> bool:

@@ -89,3 +89,8 @@ def small_gpt2(tmp_path_factory):
     file = str(ASSETS / "tiny-english" / "tokenizer.json")
     PreTrainedTokenizerFast(tokenizer_file=file, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
     return str(folder)
+
+
+def valid_of(arguments) -> torch.Tensor:
+    """``valid_BK`` among the arguments of an acceptance rule: the one mask."""
+    return next(value for value in arguments if torch.is_tensor(value) and value.dtype == torch.bool)

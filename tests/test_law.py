@@ -89,6 +89,11 @@ SAMPLERS = [
     SamplerConfig("assd-head", k=2, temperature=TEMPERATURE, bonus_token=False),
     SamplerConfig("assd-head", k=2, temperature=TEMPERATURE, one_pass=True),
     SamplerConfig("assd-head", k=4, temperature=TEMPERATURE, one_pass=True),
+    SamplerConfig("assd-head", k=3, temperature=TEMPERATURE, verification="token"),
+    SamplerConfig("assd-head", k=3, temperature=TEMPERATURE, verification="token", one_pass=True),
+    SamplerConfig("assd", k=4, temperature=TEMPERATURE, verification="block"),
+    SamplerConfig("assd", k=3, temperature=TEMPERATURE, verification="block", one_pass=True),
+    SamplerConfig("assd-ngram", k=3, temperature=TEMPERATURE, verification="block"),
     SamplerConfig("assd-ngram", k=2, temperature=TEMPERATURE),
     SamplerConfig("assd-ngram", k=3, temperature=TEMPERATURE, bonus_token=False),
     SamplerConfig("assd", k=1, temperature=TEMPERATURE, one_pass=True),
@@ -99,7 +104,9 @@ SAMPLERS = [
 
 
 @pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS.keys())
-@pytest.mark.parametrize("config", SAMPLERS, ids=lambda c: f"{c.full_name}-k{c.k}{'-no-bonus' * (not c.bonus_token)}")
+@pytest.mark.parametrize(
+    "config", SAMPLERS, ids=lambda c: f"{c.full_name}-k{c.k}{'-no-bonus' * (not c.bonus_token)}-{c.verification}"
+)
 def test_sampler_has_the_law_of_the_model(model, config, prompt):
     assert p_value(model, prompt, config, enumerated(model, prompt)) > FALSE_ALARM
 
@@ -190,7 +197,7 @@ def _mask_mass_not_renormalised(monkeypatch):
 
 
 def _shared_random_numbers(monkeypatch):
-    """Every rank of a sequence uses the same three numbers."""
+    """Every rank of a sequence uses the same numbers."""
     original = decoding.rank_uniforms
 
     def shared(seed, indices, n_ranks, n_columns):
@@ -208,6 +215,28 @@ def _draft_and_target_share_their_numbers(monkeypatch):
     monkeypatch.setattr(decoding, "rank_uniforms", shared)
 
 
+def _residual_of_a_single_draft(monkeypatch):
+    """What is drawn after a block does not know what the block carries."""
+    original = assd.residual
+
+    def uncarried(target_BV, draft_BV):
+        return original(target_BV / target_BV.sum(-1, keepdim=True), draft_BV)
+
+    monkeypatch.setattr(assd, "residual", uncarried)
+
+
+def _numbers_of_refused_drafts_used_again(monkeypatch):
+    """A rank's numbers are the same at every place among the drafts, as they may be where drafts are judged singly."""
+    original = decoding.rank_uniforms
+
+    def by_rank(seed, indices, n_ranks, n_columns):
+        target_1BN, draft_1BN, accept_1BN = original(seed, indices, n_ranks, 3).split(1)
+        k = n_columns // 2
+        return torch.cat([target_1BN, draft_1BN.expand(k, -1, -1), accept_1BN.expand(k, -1, -1)])
+
+    monkeypatch.setattr(decoding, "rank_uniforms", by_rank)
+
+
 PLANTS = [
     ("assd", _no_residual),
     ("assd", _temperature_twice),
@@ -220,6 +249,10 @@ PLANTS = [
     ("assd-head", _temperature_twice),
     ("assd-head", _mask_mass_not_renormalised),
     ("assd-head", _shared_random_numbers),
+    ("assd-head", _residual_of_a_single_draft),
+    ("assd-head", _numbers_of_refused_drafts_used_again),
+    ("assd-head+one-pass", _residual_of_a_single_draft),
+    ("assd-head+one-pass", _numbers_of_refused_drafts_used_again),
     ("assd-head+one-pass", _no_residual),
     ("assd-head+one-pass", _mask_mass_not_renormalised),
     ("assd-head+one-pass", _shared_random_numbers),

@@ -2,15 +2,16 @@
 
 import pytest
 import torch
-from conftest import make_model, random_batch, with_random_head
+from conftest import make_model, random_batch, valid_of, with_random_head
 
 from asarm import Law, Order, SamplerConfig, infill, joint_log_prob, sample
+from asarm.config import VERIFICATIONS
 from asarm.density import target_states
 from asarm.errors import ConfigError, MemoryBudgetError
 from asarm.law import draw
 from asarm.rng import rank_uniforms
 from asarm.sampling import assd
-from asarm.sampling.accept import accepted_prefix
+from asarm.sampling.accept import accepted_block, accepted_prefix
 from asarm.sampling.decoding import Decoding
 from asarm.sampling.drafts import bigram_draft
 from asarm.sampling.sequential import sequential_round
@@ -54,14 +55,15 @@ def test_prompt_is_kept_gaps_are_filled_and_calls_never_outnumber_tokens(model, 
     assert torch.equal(done.aux_nfe_B, done.rounds_B * (name == "assd-ngram"))
 
 
+@pytest.mark.parametrize("verification", VERIFICATIONS)
 @pytest.mark.parametrize(("name", "k"), [c for c in EXACT[1:] if c[1] > 1])
-def test_drafts_are_counted_by_their_index(model, name, k, monkeypatch):
+def test_drafts_are_counted_by_their_index(model, name, k, verification, monkeypatch):
     """Against the acceptance kernel's own answers, round by round; lanes that are taken again start from zero."""
     ids_BN, order = ragged(seed=8)
     proposed, accepted = [[0] * k for _ in ids_BN], [[0] * k for _ in ids_BN]
 
-    def watched(draft_prob_BK, target_prob_BK, uniform_BK, valid_BK, slack):
-        kept_B = accepted_prefix(draft_prob_BK, target_prob_BK, uniform_BK, valid_BK, slack)
+    def watched(*arguments):
+        kept_B, valid_BK = rule(*arguments), valid_of(arguments)
         for b, kept in enumerate(kept_B.tolist()):
             first = k - valid_BK.shape[1]  # 1 where the first draft is exact
             for j, valid in enumerate(valid_BK[b].tolist()):
@@ -69,12 +71,14 @@ def test_drafts_are_counted_by_their_index(model, name, k, monkeypatch):
                 accepted[b][first + j] += j < kept
         return kept_B
 
-    monkeypatch.setattr(assd, "accepted_prefix", watched)
-    done = sample(model, ids_BN, order, SamplerConfig.named(name, k=k), seed=5)
+    config = SamplerConfig.named(name, k=k, verification=verification)
+    rule = accepted_block if verification == "block" else accepted_prefix
+    monkeypatch.setattr(assd, rule.__name__, watched)
+    done = sample(model, ids_BN, order, config, seed=5)
     monkeypatch.undo()
     assert done.proposed_BK.tolist() == proposed and done.accepted_BK.tolist() == accepted
     assert 0 < done.accepted_B.sum() < done.proposed_B.sum()
-    again = sample(model, ids_BN, order, SamplerConfig.named(name, k=k), seed=5, batch_size=2)
+    again = sample(model, ids_BN, order, config, seed=5, batch_size=2)
     assert torch.equal(again.proposed_BK, done.proposed_BK) and torch.equal(again.accepted_BK, done.accepted_BK)
 
 
@@ -126,8 +130,9 @@ def test_a_sequence_does_not_depend_on_its_batch(model, name, k):
 def test_cached_decoding_equals_recomputing_everything_for_every_token(model):
     """A slow sampler that makes one full, uncached pass per token, with the same random numbers."""
     ids_BN, order = random_batch(V, 5, 10, seed=6)
-    cached = sample(model, ids_BN, order, SamplerConfig("sequential"), seed=9).ids_BN
-    uniform_BN = rank_uniforms(9, list(range(5)), 10, 3)[2]
+    config = SamplerConfig("sequential")
+    cached = sample(model, ids_BN, order, config, seed=9).ids_BN
+    uniform_BN = rank_uniforms(9, list(range(5)), 10, 1 + 2 * config.k)[0]
     law = Law(1.0, (0,))
     for b in range(5):
         slow_1N, one = ids_BN[b : b + 1].clone(), Order.from_visible(~order.target_BN[b : b + 1])
@@ -197,6 +202,17 @@ def test_the_bigram_draft_follows_the_context_and_backs_off():
         (lambda m: SamplerConfig(accept_slack=0.1, top_k=20), ConfigError, "accept_slack must be 0 with .* got 0.1"),
         (lambda m: SamplerConfig(accept_slack=0.1, top_p=0.9), ConfigError, "accept_slack must be 0 with .* got 0.1"),
         (lambda m: SamplerConfig(accept_slack=0.1, greedy=True), ConfigError, "accept_slack must be 0 with .* got 0.1"),
+        (
+            lambda m: SamplerConfig(verification="joint"),
+            ConfigError,
+            "verification must be token or block, got 'joint'",
+        ),
+        (lambda m: SamplerConfig("parallel", verification="block"), ConfigError, "verification .* got 'parallel'"),
+        (
+            lambda m: SamplerConfig(verification="block", accept_slack=0.1),
+            ConfigError,
+            "accept_slack must be 0 with verification block, got 0.1",
+        ),
         (lambda m: SamplerConfig("assd-ngram", one_pass=True), ConfigError, "one_pass .* got 'assd-ngram'"),
         (
             lambda m: sample(

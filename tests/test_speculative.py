@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from conftest import make_model, with_random_head
+from conftest import make_model, valid_of, with_random_head
 
 from asarm.config import SamplerConfig
 from asarm.errors import OutputDirError
@@ -232,9 +232,12 @@ def test_exact_samplers_are_equivalent_and_the_biased_one_is_not(reference):
     assert verdicts == dict.fromkeys(exact, "equivalent") | {"parallel": "different"}
 
 
-@pytest.mark.parametrize("name", ["assd", "assd+one-pass"])
-def test_a_sampler_that_keeps_every_draft_is_different(reference, name, monkeypatch):
-    monkeypatch.setattr(assd, "accepted_prefix", lambda draft, target, uniform, valid, slack: valid.sum(1))
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [("assd", "accepted_prefix"), ("assd+one-pass", "accepted_prefix"), ("assd-head", "accepted_block")],
+)
+def test_a_sampler_that_keeps_every_draft_is_different(reference, name, rule, monkeypatch):
+    monkeypatch.setattr(assd, rule, lambda *arguments: valid_of(arguments).sum(1))
     planted = records_of_small_model({name: SamplerConfig.named(name, k=4)})
     assert comparison(reference | planted)[name]["verdict"] == "different"
 

@@ -131,6 +131,8 @@ class DecodingConfig(SamplingConfig):
             k of its own: assd:8.
         baselines: further models (name, or Hub id@revision), with the same samplers in the same run.
         bonus_token: one more token after k accepted drafts (one-pass forms always draw it).
+        verification: of drafts (assd forms): token (each by itself) or block (a round's together: fewer calls, the same
+            law); default: block with assd-head, else token.
         draft_only_temperature: the temperature shapes only drafts (assd forms); the law is that of temperature 1.
         accept_slack: added to the probability of keeping a draft (assd forms; not with greedy, top_k or top_p); above 0
             the law is lost.
@@ -143,6 +145,7 @@ class DecodingConfig(SamplingConfig):
     output_dir: str
     samplers: list[str] = field(default_factory=lambda: ["assd"], metadata=WORDS)
     bonus_token: bool = True
+    verification: str | None = None
     draft_only_temperature: bool = False
     accept_slack: float = 0.0
     batch_size: int = 8
@@ -160,6 +163,7 @@ class DecodingConfig(SamplingConfig):
 
     def sampler_config(self, name: str, **settings) -> SamplerConfig:
         if name.startswith("assd"):
+            settings["verification"] = self.verification
             settings["draft_only_temperature"] = self.draft_only_temperature
             settings["accept_slack"] = self.accept_slack
         elif self.draft_only_temperature:

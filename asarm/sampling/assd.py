@@ -1,5 +1,5 @@
 """Any-Subset Speculative Decoding (Guo & Ermon 2025): draft k tokens, score them jointly in one call, keep the
-longest prefix that speculative rejection allows, and replace the first refused token. Exactly the law of sequential
+longest prefix that speculative acceptance allows, and replace the first refused token. Exactly the law of sequential
 sampling, in fewer calls.
 
 With the self draft a round is two calls and settles two tokens at least (the first draft is exact; then a replacement
@@ -11,7 +11,7 @@ import torch
 
 from ..law import draw
 from ..orders import Rows, rows_from, rows_with_limit
-from .accept import accepted_prefix, residual
+from .accept import accepted_block, accepted_prefix, carried_shares, residual
 from .decoding import Decoding, Draft, chosen
 from .drafts import bigram_draft, draft_ahead, head_draft, self_draft
 
@@ -87,35 +87,38 @@ def _tested_rows(state: Decoding, draft: Draft, n_exact: int) -> Rows:
 
 
 def accept(state: Decoding, draft: Draft, n_exact: int, query: Rows, logits_BQV: torch.Tensor) -> torch.Tensor:
-    """Keep the longest accepted prefix and settle one more token: the replacement of the first refused draft, or the
-    bonus token after the last accepted one. Returns the number of accepted drafts [B], the ``n_exact`` untested ones
+    """Keep the accepted prefix and settle one more token: the replacement of the first refused draft, or the bonus
+    token after the last accepted one. Returns the number of accepted drafts [B], the ``n_exact`` untested ones
     not counted.
     """
-    target_logp_BQV = state.law.log_probs(logits_BQV)
+    target_BQV = state.law.probs(logits_BQV)
     tested_BK = draft.rows.valid_BR[:, n_exact:]
     draft_BKV, draft_ids_BK = draft.probs_BKV[:, n_exact:], draft.ids_BK[:, n_exact:]
     K = tested_BK.shape[1]
-    target_logp_BK = chosen(target_logp_BQV[:, :K], draft_ids_BK)
-    accepted_B = accepted_prefix(
-        chosen(draft_BKV, draft_ids_BK),
-        target_logp_BK.exp(),
-        state.uniforms(state.accept_uniform_BN, query)[:, :K],
-        tested_BK,
-        state.config.accept_slack,
-    )
+    target_BKV = target_BQV[:, :K]
+    draft_prob_BK, target_prob_BK = chosen(draft_BKV, draft_ids_BK), chosen(target_BKV, draft_ids_BK)
+    uniform_BK = state.uniforms(state.accept_uniform_KBN, draft.rows.rank_BR)[:, n_exact:]
+    if state.config.verifies_blocks:
+        carried_BA = carried_shares(draft_prob_BK, target_prob_BK, tested_BK)
+        accepted_B = accepted_block(carried_BA, draft_BKV, target_BKV, uniform_BK, tested_BK)
+        carried_B11 = carried_BA.gather(1, accepted_B[:, None])[..., None]
+    else:
+        slack = state.config.accept_slack
+        accepted_B, carried_B11 = accepted_prefix(draft_prob_BK, target_prob_BK, uniform_BK, tested_BK, slack), 1
     kept_BK = torch.arange(K, device=accepted_B.device) < accepted_B[:, None]
-    state.logp_B += target_logp_BK.where(kept_BK, 0).sum(1)
+    state.logp_B += target_prob_BK.log().where(kept_BK, 0).sum(1)
     state.proposed_BK[:, n_exact:] += tested_BK
     state.accepted_BK[:, n_exact:] += kept_BK
 
-    last, last_logp_B1V = query.at(accepted_B), rows_from(target_logp_BQV, accepted_B, 1)
-    weight_B1V = last_logp_B1V.exp()
+    last, last_B1V = query.at(accepted_B), rows_from(target_BQV, accepted_B, 1)
+    weight_B1V = last_B1V
     if K:  # past the last tested draft there is nothing to subtract: the bonus token has the target's law
         refused_B11 = (accepted_B < tested_BK.sum(1))[:, None, None]
-        weight_B1V = residual(weight_B1V, rows_from(draft_BKV, accepted_B.clamp(max=K - 1), 1) * refused_B11)
-    last_ids_B1 = draw(weight_B1V, state.uniforms(state.target_uniform_BN, last))
+        refused_B1V = rows_from(draft_BKV, accepted_B.clamp(max=K - 1), 1) * refused_B11
+        weight_B1V = residual(carried_B11 * last_B1V, refused_B1V)
+    last_ids_B1 = draw(weight_B1V, state.uniforms(state.target_uniform_1BN, last.rank_BR))
     state.put(last, last_ids_B1)
-    state.logp_B += chosen(last_logp_B1V, last_ids_B1).where(last.valid_BR, 0).sum(1)
+    state.logp_B += chosen(last_B1V, last_ids_B1).log().where(last.valid_BR, 0).sum(1)
     cached_B = state.settled_B + n_exact + accepted_B
     state.settle(cached_B + last.valid_BR[:, 0], cached_B, backlog=1)
     return accepted_B

@@ -2,10 +2,10 @@
 
 Sequences wait in a list and are decoded ``batch_size`` at a time, each in a *lane*. A sequence that is finished makes
 room for the next one at once (continuous batching). Lanes are ragged in everything: length, prompt, progress. Each
-sequence has its own random numbers, three per rank: one to draft the token, one to accept it, one to draw it from the
-target (or the residual). A number is used up only when its rank is settled: a draft that is thrown away because an
-*earlier* one was refused has not been looked at, so its number is still fresh. Hence the table can be drawn
-beforehand, and a sequence's tokens do not depend on what it shares its batch with.
+sequence has its own random numbers, and uses none twice: for every rank one to draw its token from the target (or the
+residual) and, for every place among a round's k drafts, one to draft it and one to accept it there. (A rank may be
+drafted in several rounds, but they begin at different ranks, so in each it has another place.) Hence the table can be
+drawn beforehand, and a sequence's tokens do not depend on what it shares its batch with.
 """
 
 import time
@@ -142,8 +142,9 @@ class Decoding:
         self.ids_BS = ids_TN.new_zeros(B, N + 1)  # a scratch column past the end, for rows that only fill the batch
         self.settled_B = self.order.length_B.clone()  # a lane without a sequence has nothing left to draw
         self.cached_B, self.backlog = self.settled_B.clone(), 1  # at most ``backlog`` settled tokens are not cached
-        self.uniform_XBN = torch.zeros(3, B, N, dtype=torch.float64, device=device)
-        self.draft_uniform_BN, self.accept_uniform_BN, self.target_uniform_BN = self.uniform_XBN
+        self.uniform_XBN = torch.zeros(1 + 2 * config.k, B, N, dtype=torch.float64, device=device)
+        by_purpose = self.uniform_XBN.split([1, config.k, config.k])
+        self.target_uniform_1BN, self.draft_uniform_KBN, self.accept_uniform_KBN = by_purpose
         self.draft = None  # one-pass sampling: what the next call verifies
         if config.one_pass:
             self.draft = Draft.none(self.rows(self.settled_B, self.settled_B, config.k), model.config.vocab_size)
@@ -203,8 +204,8 @@ class Decoding:
             value[lane_B] = getattr(self._waiting, name)[number_B]
         prompt_BN = self.order.rank_BN[lane_B] < self.order.n_visible_B[lane_B, None]
         self.ids_BS[lane_B, :N] = self._waiting_ids_TN[number_B].where(prompt_BN, 0)
-        uniform_XBN = rank_uniforms(self._seed, [self._indices[number] for number in numbers], N, 3)
-        self.uniform_XBN[:, lane_B] = uniform_XBN.to(device)
+        indices = [self._indices[number] for number in numbers]
+        self.uniform_XBN[:, lane_B] = rank_uniforms(self._seed, indices, N, len(self.uniform_XBN)).to(device)
         self.settled_B[lane_B] = self.cached_B[lane_B] = self.order.n_visible_B[lane_B]
         for value in (self.logp_B, *(getattr(self, name) for name in COUNTS)):
             value[lane_B] = 0
@@ -268,9 +269,11 @@ class Decoding:
         self.backlog = 0
         return hidden_BQE
 
-    def uniforms(self, table_BN: torch.Tensor, rows: Rows) -> torch.Tensor:
-        """The random numbers [B, R] of the rows' ranks."""
-        return table_BN.gather(1, rows.rank_BR.clamp(max=table_BN.shape[1] - 1))
+    def uniforms(self, table_KBN: torch.Tensor, rank_BK: torch.Tensor) -> torch.Tensor:
+        """The random numbers [B, K] of a round's ranks, each at its own place of the K."""
+        (K, B, N), device = table_KBN.shape, rank_BK.device
+        lane_B1 = torch.arange(B, device=device)[:, None]
+        return table_KBN[torch.arange(K, device=device), lane_B1, rank_BK.clamp(max=N - 1)]
 
     def put(self, rows: Rows, ids_BR: torch.Tensor) -> None:
         """Write tokens at the rows' positions (those of invalid rows land in the scratch column)."""

@@ -26,7 +26,7 @@ def self_draft(state: Decoding, rows: Rows, states_BKE: torch.Tensor, n_missing:
     """Draft one token a row from the rows' hidden states, the first of which misses ``n_missing`` tokens before it:
     each as if the others did not exist. Where nothing is missing the law is the target's."""
     probs_BKV = _probs(_laws(state, n_missing), state.engine.logits(states_BKE))
-    return Draft(rows, draw(probs_BKV, state.uniforms(state.draft_uniform_BN, rows)), probs_BKV)
+    return Draft(rows, draw(probs_BKV, state.uniforms(state.draft_uniform_KBN, rows.rank_BR)), probs_BKV)
 
 
 def head_draft(state: Decoding, rows: Rows, states_BWE: torch.Tensor, first_B: torch.Tensor, n_missing: int) -> Draft:
@@ -42,7 +42,7 @@ def head_draft(state: Decoding, rows: Rows, states_BWE: torch.Tensor, first_B: t
     logits_BKV = state.engine.logits(rows_from(states_BWE, first_B, K))
     steps = state.drafter.begin(window, logits_BKV, first_B, before_BW[:, : W - K])
     token_B = before_BW.gather(1, first_B[:, None])[:, 0]
-    time_BKX = start_race(state.uniforms(state.draft_uniform_BN, rows), logits_BKV.shape[-1])
+    time_BKX = start_race(state.uniforms(state.draft_uniform_KBN, rows.rank_BR), logits_BKV.shape[-1])
     ids, probs = [], []
     for j, law in enumerate(_laws(state, n_missing)):
         probs.append(law.probs(steps.step(j, token_B)))
@@ -72,7 +72,7 @@ def bigram_draft(state: Decoding) -> Draft:
     """
     k, N = state.config.k, state.order.rank_BN.shape[1]
     rows = state.rows(state.settled_B, state.settled_B + k, k)
-    time_BKX = start_race(state.uniforms(state.draft_uniform_BN, rows), state.model.config.vocab_size)
+    time_BKX = start_race(state.uniforms(state.draft_uniform_KBN, rows.rank_BR), state.model.config.vocab_size)
     state.aux_nfe_B += rows.valid_BR.any(dim=1)
     rank_BN, ids_BS = state.order.rank_BN, state.ids_BS.clone()
     left_BM, right_BM = ids_BS[:, : N - 1], ids_BS[:, 1:N]
