@@ -1,7 +1,7 @@
 """Rung 5: the law of every sampler, against the enumerated joint distribution of a small random model.
 
 The test is a chi-square on 100,000 completions, cells below an expected count of 5 pooled, with a false-alarm rate of
-1e-6 a case (about 1e-5 for the file); seeds are fixed. Each planted bug must fail the same test.
+1e-6 a case (below 1e-4 for the file); seeds are fixed. Each planted bug must fail the same test.
 """
 
 import itertools

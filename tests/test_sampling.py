@@ -211,7 +211,12 @@ def test_the_bigram_draft_follows_the_context_and_backs_off():
         (
             lambda m: SamplerConfig(verification="block", accept_slack=0.1),
             ConfigError,
-            "accept_slack must be 0 with verification block, got 0.1",
+            "accept_slack must be 0 unless .*verification token.* got 0.1",
+        ),
+        (
+            lambda m: SamplerConfig("assd-head", accept_slack=0.1),
+            ConfigError,
+            "accept_slack must be 0 unless .* got 0.1",
         ),
         (lambda m: SamplerConfig("assd-ngram", one_pass=True), ConfigError, "one_pass .* got 'assd-ngram'"),
         (

@@ -109,9 +109,21 @@ def test_greedy_decoding_is_scored_under_the_model(tmp_path):
     assert json.loads((tmp_path / "summary.json").read_text())["samplers"]["parallel"]["log_prob_per_token"] < 0
 
 
+def test_verification_reaches_every_sampler_that_drafts():
+    by_default, block, token = (SpeculativeConfig(verification=value) for value in (None, "block", "token"))
+    drafting = ["assd", "assd-head+one-pass:3", "assd-ngram"]
+    assert [by_default.sampler_config(name).verifies_blocks for name in drafting] == [False, True, False]
+    assert all(block.sampler_config(name).verifies_blocks for name in drafting)
+    assert not any(token.sampler_config(name).verifies_blocks for name in drafting)
+    assert not any(block.sampler_config(name).verifies_blocks for name in ("sequential", "parallel"))
+
+
 def test_lossy_samplers_are_marked_in_every_record(tmp_path):
     config = SpeculativeConfig(
-        output_dir=str(tmp_path), accept_slack=0.1, **SMALL | {"num_sequences": 2, "max_length": 16}
+        output_dir=str(tmp_path),
+        verification="token",
+        accept_slack=0.1,
+        **SMALL | {"num_sequences": 2, "max_length": 16},
     )
     summary = evaluate(config)
     lossless = {name: row["lossless"] for name, row in summary["samplers"].items()}
