@@ -81,10 +81,10 @@ def draw(weight: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """A token from the distribution proportional to ``weight`` [..., V]; the same ``uniform`` [...] gives the same one.
 
     An exponential race (the Gumbel-max trick): the token whose exponential time, at its weight as rate, is the
-    shortest. Two stages, a group of tokens and a token of it, take 2 sqrt(V) times instead of V. Unlike inverting the
-    cumulative sum, where every error moves all boundaries after it, a race lets rounding of the weights decide only a
-    photo finish; so a sequence's tokens do not depend on the batch or the kernel that computed them. A token of
-    weight zero never wins.
+    shortest. Two stages, a group of tokens and a token of it, take about 2 sqrt(V) times instead of V. Unlike
+    inverting the cumulative sum, where every error moves all boundaries after it, a race lets rounding of the weights
+    decide only a photo finish; so a sequence's tokens do not depend on the batch or the kernel that computed them. A
+    token of weight zero never wins.
     """
     return winner(weight, start_race(uniform, weight.shape[-1]))
 
@@ -93,28 +93,19 @@ def start_race(uniform: torch.Tensor, vocab_size: int) -> torch.Tensor:
     """The times [..., groups + size of a group] of a :func:`draw` with ``uniform`` [...]. They do not depend on the
     weights: those of draws that follow from each other are made at once."""
     size = _group_size(vocab_size)
-    return race_times(uniform, -(-vocab_size // size) + size)
+    return race_times(uniform, vocab_size // size + size)
 
 
 def winner(weight: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
     """The token [...] that wins the race over ``time`` (:func:`start_race`) at ``weight`` [..., V]."""
-    V = weight.shape[-1]
-    size = _group_size(V)
-    n_groups = -(-V // size)
-    by_group_XG = _group_sums(weight, size)
-    group_X1 = (time[..., :n_groups] / by_group_XG).argmin(-1, keepdim=True)
-    token_XM = group_X1 * size + torch.arange(size, device=weight.device)
-    member_XM = weight.gather(-1, token_XM.clamp(max=V - 1)).where(token_XM < V, 0)
-    return (group_X1 * size + (time[..., n_groups:] / member_XM).argmin(-1, keepdim=True)).squeeze(-1)
-
-
-def _group_sums(weight: torch.Tensor, size: int) -> torch.Tensor:
-    """Of ``size`` tokens each, [..., groups]; the last group may have fewer."""
-    whole = weight.shape[-1] // size * size
-    sums = weight[..., :whole].unflatten(-1, (-1, size)).sum(-1)
-    rest = weight[..., whole:]
-    return torch.cat([sums, rest.sum(-1, keepdim=True)], dim=-1) if rest.shape[-1] else sums
+    size = _group_size(weight.shape[-1])
+    weight_XGM = weight.unflatten(-1, (-1, size))
+    time_XG, time_XM = time.split([weight_XGM.shape[-2], size], dim=-1)
+    group_X1 = (time_XG / weight_XGM.sum(-1)).argmin(-1, keepdim=True)
+    weight_XM = weight_XGM.take_along_dim(group_X1[..., None], dim=-2).squeeze(-2)
+    return (group_X1 * size + (time_XM / weight_XM).argmin(-1, keepdim=True)).squeeze(-1)
 
 
 def _group_size(vocab_size: int) -> int:
-    return math.isqrt(vocab_size - 1) + 1
+    """The divisor nearest below the square root, so that groups are equal. (A prime vocabulary is one race of all.)"""
+    return next(size for size in range(math.isqrt(vocab_size), 0, -1) if vocab_size % size == 0)
