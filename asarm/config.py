@@ -40,7 +40,7 @@ class SamplerConfig:
         draft_only_temperature: the temperature shapes only the drafts after the first; the law is that of temperature 1
             (an ablation of Guo & Ermon 2025).
         accept_slack: added to the probability of keeping a draft; above 0 the law is lost (an ablation of Guo & Ermon
-            2025; needs verification token; not with greedy, top_k or top_p).
+            2025; drafts are then judged singly; not with greedy, top_k or top_p).
         banned_ids: token ids that are never drawn; the mask token always is one.
         compile: run rounds through torch.compile; pays for itself in long runs on a GPU.
     """
@@ -77,8 +77,8 @@ class SamplerConfig:
         require(drafts or not self.draft_only_temperature, "draft_only_temperature", self.name, "used with assd")
         require(self.accept_slack >= 0, "accept_slack", self.accept_slack, "0 or more")
         require(drafts or not self.accept_slack, "accept_slack", self.name, "used with assd")
-        rule = "0 unless drafts are judged singly (verification token; assd-head judges blocks by default)"
-        require(not self.verifies_blocks or not self.accept_slack, "accept_slack", self.accept_slack, rule)
+        singly = self.verification != "block"
+        require(singly or not self.accept_slack, "accept_slack", self.accept_slack, "0 with verification block")
         whole = not self.greedy and self.top_k is None and self.top_p is None
         rule = "0 with greedy, top_k or top_p, under which a draft that is kept too readily can have probability 0"
         require(whole or not self.accept_slack, "accept_slack", self.accept_slack, rule)
@@ -103,7 +103,7 @@ class SamplerConfig:
     def verifies_blocks(self) -> bool:
         """Whether the drafts of a round are judged together."""
         if self.verification is None:
-            return self.name == "assd-head"
+            return self.name == "assd-head" and self.accept_slack == 0
         return self.verification == "block"
 
     @property

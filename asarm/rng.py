@@ -17,13 +17,13 @@ def generator(seed: int, stream: str, index: int) -> np.random.Generator:
     return np.random.default_rng([seed, zlib.crc32(stream.encode()), index])
 
 
-def rank_uniforms(seed: int, indices: list[int], n_ranks: int, n_columns: int) -> torch.Tensor:
+def rank_uniforms(seed: int, stream: str, indices: list[int], n_ranks: int, n_columns: int) -> torch.Tensor:
     """Uniform numbers in [0, 1), float64, of shape [columns, sequences, ranks].
 
     The draw is laid out rank by rank, so that the numbers of a rank do not depend on ``n_ranks``: a sequence
     padded to a longer batch gets the same ones.
     """
-    rows = [generator(seed, "sample", index).random((n_ranks, n_columns)) for index in indices]
+    rows = [generator(seed, stream, index).random((n_ranks, n_columns)) for index in indices]
     return torch.from_numpy(np.stack(rows)).permute(2, 0, 1).contiguous()
 
 

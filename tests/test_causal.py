@@ -32,7 +32,7 @@ def test_a_left_to_right_model_draws_as_a_slow_loop_does(causal):
     law, seed = causal.law(temperature=0.9), 3
     drawn = {task.index: ids for task, ids, _ in causal.generate(tasks, law, seed, batch_size=2)}
     for task in tasks:
-        ids, uniform_N = list(task.context), rank_uniforms(seed, [task.index], 16, 1)[0, 0]
+        ids, uniform_N = list(task.context), rank_uniforms(seed, "sample", [task.index], 16, 1)[0, 0]
         for step in range(len(task.continuation)):
             logits_V = causal.model(torch.tensor([ids])).logits[0, -1]
             ids.append(int(draw(law.probs(logits_V), uniform_N[step])))

@@ -89,6 +89,7 @@ OTHERS = pytest.mark.parametrize(
         {"top_k": 4, "top_p": 0.8},
         {"bonus_token": False},
         {"k": 1},
+        {"verification": "block"},
         {"banned_ids": (3, 5)},
     ],
     ids=lambda settings: next(iter(settings)),

@@ -120,10 +120,7 @@ def test_verification_reaches_every_sampler_that_drafts():
 
 def test_lossy_samplers_are_marked_in_every_record(tmp_path):
     config = SpeculativeConfig(
-        output_dir=str(tmp_path),
-        verification="token",
-        accept_slack=0.1,
-        **SMALL | {"num_sequences": 2, "max_length": 16},
+        output_dir=str(tmp_path), accept_slack=0.1, **SMALL | {"num_sequences": 2, "max_length": 16}
     )
     summary = evaluate(config)
     lossless = {name: row["lossless"] for name, row in summary["samplers"].items()}

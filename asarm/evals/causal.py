@@ -94,7 +94,7 @@ class CausalLM:
     def _generate(self, tasks: list[CausalTask], law: Law, seed: int) -> torch.Tensor:
         ids_BT, mask_BT = self._left_padded([task.context for task in tasks])
         n_new = max(len(task.continuation) for task in tasks)
-        uniform_BN = rank_uniforms(seed, [task.index for task in tasks], n_new, 1)[0].to(ids_BT.device)
+        uniform_BN = rank_uniforms(seed, "sample", [task.index for task in tasks], n_new, 1)[0].to(ids_BT.device)
         cache, drawn = None, []
         for step in range(n_new):
             done = self._call(ids_BT, mask_BT, 1, past_key_values=cache, use_cache=True)

@@ -134,8 +134,8 @@ class DecodingConfig(SamplingConfig):
         verification: of drafts (assd forms): token (each by itself) or block (a round's together: fewer calls, the same
             law); default: block with assd-head, else token.
         draft_only_temperature: the temperature shapes only drafts (assd forms); the law is that of temperature 1.
-        accept_slack: added to the probability of keeping a draft (assd forms, verification token; not with greedy,
-            top_k or top_p); above 0 the law is lost.
+        accept_slack: added to the probability of keeping a draft (assd forms, judged singly; not with greedy, top_k or
+            top_p); above 0 the law is lost.
         batch_size: sequences decoded together; one that finishes makes room for the next.
         dtype: float32 or bfloat16.
         shard: INDEX/COUNT, this process's share of the run (default: from accelerate launch, torchrun or Slurm); the

@@ -55,14 +55,14 @@ def accepted_block(
     prefix that further drafts follow passes with probability r / (r + 1 - p), r being the mass of the residual after
     it; one of all valid drafts with probability p.
     """
-    K, share_BK = valid_BK.shape[1], carried_BA[:, 1:]
-    lacking_BMV = torch.addcmul(draft_BKV[:, 1:], carried_BA[:, 1:K, None], target_BKV[:, 1:], value=-1).clamp_(max=0)
-    mass_BM, share_BM = -lacking_BMV.sum(-1), share_BK[:, : K - 1]
-    passing_BM = (mass_BM / (mass_BM + 1 - share_BM)).where(share_BM < 1, 1)
+    share_BK, share_BM = carried_BA[:, 1:], carried_BA[:, 1:-1]  # M = K - 1: of the drafts that another may follow
+    negative_BMV = torch.addcmul(draft_BKV[:, 1:], share_BM[..., None], target_BKV[:, 1:], value=-1).clamp_(max=0)
+    residual_BM = -negative_BMV.sum(-1)
+    passing_BM = (residual_BM / (residual_BM + (1 - share_BM))).where(share_BM < 1, 1)
     passing_BK = share_BK.clone()
-    passing_BK[:, : K - 1] = passing_BM.where(valid_BK[:, 1:], share_BM)
+    passing_BK[:, :-1] = passing_BM.where(valid_BK[:, 1:], share_BM)
     kept_BK = valid_BK & (uniform_BK < passing_BK)
-    length_BK = kept_BK * torch.arange(1, K + 1, device=kept_BK.device)
+    length_BK = kept_BK * torch.arange(1, kept_BK.shape[1] + 1, device=kept_BK.device)
     return F.pad(length_BK, (1, 0)).amax(dim=1)
 
 
@@ -70,8 +70,8 @@ def residual(target_BV: torch.Tensor, draft_BV: torch.Tensor) -> torch.Tensor:
     """Weights of the replacement's law, max(target - draft, 0), unnormalised; the target itself where nothing is left.
 
     ``target_BV`` is the target's law times the share that is carried (1 where drafts are kept one by one). Nothing is
-    left only where draft and target agree up to rounding, and then no draft is refused. A draft of all zeros gives the
-    target: the bonus token.
+    left only where draft and target agree up to rounding, and then the next draft is not refused. A draft of all zeros
+    gives the target: the bonus token.
     """
     weight_BV = (target_BV - draft_BV).clamp(min=0)
     return torch.where(weight_BV.sum(-1, keepdim=True) > 0, weight_BV, target_BV)

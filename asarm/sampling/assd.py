@@ -1,5 +1,5 @@
 """Any-Subset Speculative Decoding (Guo & Ermon 2025): draft k tokens, score them jointly in one call, keep the
-longest prefix that speculative acceptance allows, and replace the first refused token. Exactly the law of sequential
+longest prefix that speculative acceptance allows, and replace the token after it. Exactly the law of sequential
 sampling, in fewer calls.
 
 With the self draft a round is two calls and settles two tokens at least (the first draft is exact; then a replacement
@@ -87,8 +87,8 @@ def _tested_rows(state: Decoding, draft: Draft, n_exact: int) -> Rows:
 
 
 def accept(state: Decoding, draft: Draft, n_exact: int, query: Rows, logits_BQV: torch.Tensor) -> torch.Tensor:
-    """Keep the accepted prefix and settle one more token: the replacement of the first refused draft, or the bonus
-    token after the last accepted one. Returns the number of accepted drafts [B], the ``n_exact`` untested ones
+    """Keep the accepted prefix and settle one more token: the replacement of the draft after it, or the bonus token
+    after the last draft. Returns the number of accepted drafts [B], the ``n_exact`` untested ones
     not counted.
     """
     target_BQV = state.law.probs(logits_BQV)

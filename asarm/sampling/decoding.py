@@ -205,7 +205,9 @@ class Decoding:
         prompt_BN = self.order.rank_BN[lane_B] < self.order.n_visible_B[lane_B, None]
         self.ids_BS[lane_B, :N] = self._waiting_ids_TN[number_B].where(prompt_BN, 0)
         indices = [self._indices[number] for number in numbers]
-        self.uniform_XBN[:, lane_B] = rank_uniforms(self._seed, indices, N, len(self.uniform_XBN)).to(device)
+        target_1BN = rank_uniforms(self._seed, "sample", indices, N, 1)
+        places_XBN = rank_uniforms(self._seed, "drafts", indices, N, 2 * self.config.k)
+        self.uniform_XBN[:, lane_B] = torch.cat([target_1BN, places_XBN]).to(device)
         self.settled_B[lane_B] = self.cached_B[lane_B] = self.order.n_visible_B[lane_B]
         for value in (self.logp_B, *(getattr(self, name) for name in COUNTS)):
             value[lane_B] = 0

@@ -129,8 +129,8 @@ def head_losses(
 def acceptance_by_index(
     model: AnySubsetLM, head: DraftHead, rows: list[np.ndarray], masked_fraction: float, config: TrainHeadConfig
 ) -> dict[str, list[float]]:
-    """Mean probability that a draft is accepted, given that those before it were, by index in its window, for both
-    kinds of window; float32 networks, the law that samples are drawn from."""
+    """Mean probability that a draft, judged by itself, is accepted, given that those before it were, by index in its
+    window, for both kinds of window; float32 networks, the law that samples are drawn from."""
     law, k = Law(banned_ids=(model.mask_token_id,)), config.windows.k
     rngs = [generator(config.seed, "held-out", index) for index in range(len(rows))]
     ids_BN = torch.from_numpy(np.stack(rows)).long()

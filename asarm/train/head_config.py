@@ -34,7 +34,8 @@ class WindowConfig:
     Args:
         k: ranks in a window.
         per_row: windows in a packed row.
-        kl_steps: steps over which the loss fades from KL(trunk, draft) to their total variation, the rejection rate.
+        kl_steps: steps over which the loss fades from KL(trunk, draft) to their total variation, the rate at
+            which a draft that is judged by itself is refused.
     """
 
     k: int = 8
