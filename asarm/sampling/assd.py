@@ -88,8 +88,7 @@ def _tested_rows(state: Decoding, draft: Draft, n_exact: int) -> Rows:
 
 def accept(state: Decoding, draft: Draft, n_exact: int, query: Rows, logits_BQV: torch.Tensor) -> torch.Tensor:
     """Keep the accepted prefix and settle one more token: the replacement of the draft after it, or the bonus token
-    after the last draft. Returns the number of accepted drafts [B], the ``n_exact`` untested ones
-    not counted.
+    after the last draft. Returns the number of accepted drafts [B], the ``n_exact`` untested ones not counted.
     """
     target_BQV = state.law.probs(logits_BQV)
     tested_BK = draft.rows.valid_BR[:, n_exact:]
