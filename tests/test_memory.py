@@ -154,4 +154,4 @@ def test_training_on_ever_new_numbers_of_targets_keeps_its_size():
         return late / early
 
     assert growth(ROW_MULTIPLE) < 1.15
-    assert growth(1) > 1.3, "what padding is for"
+    assert growth(1) > 1.2, "what padding is for"
