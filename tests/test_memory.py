@@ -29,12 +29,12 @@ density.ROW_MULTIPLE = objective.ROW_MULTIPLE = int(sys.argv[1])
 torch.manual_seed(0)
 model = AnySubsetLM(XLNetConfig(vocab_size=2000, d_model=64, n_layer=2, n_head=2, d_inner=256)).train()
 loss, masking = objective.Objective(model, ObjectiveConfig()), MaskingConfig(0.1, 0.99, 0.1, 0.99, 0)
-for step in range(30):
+for step in range(40):
     ids, indices = torch.randint(9, 2000, (8, 256)).numpy(), list(range(8 * step, 8 * step + 8))
     batch = objective.make_batch(ids, indices, step, 8, masking, ObjectiveConfig(), 0)
     with torch.autocast('cpu', torch.bfloat16): loss(batch).backward()
     model.zero_grad()
-    if step in (9, 29): print(psutil.Process().memory_info().rss)
+    if step in (9, 39): print(psutil.Process().memory_info().rss)
 """
 MEASURE = """
 import sys, threading, time, psutil, torch
@@ -146,7 +146,7 @@ def test_freed_memory_is_kept_until_it_is_released():
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's malloc")
 def test_training_on_ever_new_numbers_of_targets_keeps_its_size():
-    """What is held after 30 steps, by what was held after 10 (measured: 1.01; 1.27 to 1.46 without padding)."""
+    """What is held after 40 steps, by what was held after 10 (measured: 1.03; 1.64 without padding)."""
 
     def growth(multiple: int) -> float:
         command = [sys.executable, "-c", TRAIN, str(multiple)]
@@ -154,4 +154,4 @@ def test_training_on_ever_new_numbers_of_targets_keeps_its_size():
         return late / early
 
     assert growth(ROW_MULTIPLE) < 1.15
-    assert growth(1) > 1.2, "what padding is for"
+    assert growth(1) > 1.3, "what padding is for"
