@@ -1,13 +1,6 @@
 """asarm: any-subset autoregressive models, sampled in parallel without changing their distribution.
 
-Reading order, each module importing only from those before it: errors, config, rng, embedded, allocation, runlog,
-tokenizer, orders, dropout, sight, block_attention, attention, model, cache, engine, memory, law, density, draft_head,
-drafter, sampling/ (accept, decoding, drafts, sequential, assd, parallel, replay, sample), infilling, loading, data/
-(sources, datasets, packing, stream, rows), evals/ (config, code_config, shards, stats, metrics, records, tasks, decode,
-run, judge, plots, likelihood, speculative, grid, nlp_tasks, guessers, causal, gaps, multiple_choice, nlp_infill,
-jail.isolation, jail.wire, jail.candidate, jail.referee, jail.warden, sandbox, code_tasks, execution, code_infill),
-train/ (config, head_config, schedule, objective, checkpoint, stopping, start, trainer, validation, loop, draft_head),
-bench/ (config, clock, baselines, decode, draft, memory, run, train), cli.
+A module imports only from the modules before it in the tree of docs/modules.md, which says what each one is for.
 
 Shape suffixes: B batch, N positions, S slots of the cache, T sequences or targets, R rows, C content rows, Q query
 rows, K drafted tokens, H heads, D head dimension, E model width, F feed-forward width, P relative positions (2N), V

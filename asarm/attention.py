@@ -13,7 +13,7 @@ from transformers import XLNetConfig
 
 from .block_attention import BlockAttention
 from .dropout import dropout
-from .sight import Sight
+from .row_mask import RowMask
 
 
 def product_dtype(x: torch.Tensor) -> torch.dtype:
@@ -48,7 +48,7 @@ class RelativeAttention(nn.Module):
         return self._heads(encoding_PE, self.r)
 
     def forward(
-        self, x_BRE: torch.Tensor, n_content: int, first: int, encoding_PE: torch.Tensor, sight: Sight
+        self, x_BRE: torch.Tensor, n_content: int, first: int, encoding_PE: torch.Tensor, row_mask: RowMask
     ) -> torch.Tensor:
         """What becomes of the rows of ``x_BRE`` from ``first`` on when each has attended to the slots, which hold the
         first ``n_content`` of all rows."""
@@ -62,7 +62,7 @@ class RelativeAttention(nn.Module):
             self._heads(content_BNE, self.k),
             self._heads(content_BNE, self.v),
             self.relative_key(encoding_PE),
-            sight,
+            row_mask,
             self.dropout if self.training else 0.0,
         )
         out_BRE = attended_BRHD.flatten(2) @ self.o.flatten(1).T
@@ -75,7 +75,7 @@ def attend(
     key_BNHD: torch.Tensor,
     value_BNHD: torch.Tensor,
     relative_key_PHD: torch.Tensor,
-    sight: Sight,
+    row_mask: RowMask,
     p: float,
 ) -> torch.Tensor:
     """softmax(content_q . key + relative_q . relative_key, over the slots that a row may attend to) . value
@@ -84,7 +84,7 @@ def attend(
     that sees nothing gets zeros. (Hugging Face adds -1e30 to its scores instead, which makes it see everything.)
     """
     way = block_attention if content_q_BRHD.device.type == "cpu" else fused_attention
-    return way(content_q_BRHD, relative_q_BRHD, key_BNHD, value_BNHD, relative_key_PHD, sight, p)
+    return way(content_q_BRHD, relative_q_BRHD, key_BNHD, value_BNHD, relative_key_PHD, row_mask, p)
 
 
 @torch.compiler.disable
@@ -93,18 +93,20 @@ def block_attention(*arguments) -> torch.Tensor:
     return BlockAttention.apply(*arguments)
 
 
-def fused_attention(content_q_BRHD, relative_q_BRHD, key_BNHD, value_BNHD, relative_key_PHD, sight, p) -> torch.Tensor:
+def fused_attention(
+    content_q_BRHD, relative_q_BRHD, key_BNHD, value_BNHD, relative_key_PHD, row_mask, p
+) -> torch.Tensor:
     """:func:`attend` as a GPU wants it: the relative scores are the bias of PyTorch's fused attention."""
     relative_q_HXD = relative_q_BRHD.movedim(2, 0).flatten(1, 2)
     relative_HXP = relative_q_HXD @ relative_key_PHD.permute(1, 2, 0)
     relative_HBRP = relative_HXP.unflatten(1, relative_q_BRHD.shape[:2])
-    bias_HBRN = Windows.apply(relative_HBRP, sight.shift_BR, key_BNHD.shape[1]) + sight.bias_BRN
+    bias_HBRN = RelativeShift.apply(relative_HBRP, row_mask.shift_BR, key_BNHD.shape[1]) + row_mask.bias_BRN
     by_head = (x.transpose(1, 2) for x in (content_q_BRHD, key_BNHD, value_BNHD))
     out_BHRD = F.scaled_dot_product_attention(*by_head, bias_HBRN.transpose(0, 1), dropout_p=p, scale=1.0)
-    return (out_BHRD * sight.sees_any_BR[:, None, :, None]).transpose(1, 2)
+    return (out_BHRD * row_mask.sees_any_BR[:, None, :, None]).transpose(1, 2)
 
 
-class Windows(torch.autograd.Function):
+class RelativeShift(torch.autograd.Function):
     """``out[h, b, r, n] = x[h, b, r, shift[b, r] + n]`` for n < ``length``, element by element both ways, which a
     compiler can make part of other kernels."""
 

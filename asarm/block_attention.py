@@ -3,7 +3,7 @@
 import torch
 
 from .dropout import signs
-from .sight import Block, Sight
+from .row_mask import Block, RowMask
 
 
 class BlockAttention(torch.autograd.Function):
@@ -17,11 +17,13 @@ class BlockAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, content_q_BRHD, relative_q_BRHD, key_BNHD, value_BNHD, relative_key_PHD, sight: Sight, p: float):
+    def forward(
+        ctx, content_q_BRHD, relative_q_BRHD, key_BNHD, value_BNHD, relative_key_PHD, row_mask: RowMask, p: float
+    ):
         tensors = (content_q_BRHD, relative_q_BRHD, key_BNHD, value_BNHD, relative_key_PHD)
         out_BRHD, kept = torch.empty_like(content_q_BRHD), []
         with torch.autocast("cpu", enabled=False):
-            for block, (content_q, relative_q, key, value, relative_key) in _by_block(sight, *tensors):
+            for block, (content_q, relative_q, key, value, relative_key) in _by_block(row_mask, *tensors):
                 score = _relative_scores(relative_q @ relative_key.mT, block).baddbmm_(content_q, key.mT)
                 weight = score.softmax(-1)
                 if p:
@@ -31,21 +33,21 @@ class BlockAttention(torch.autograd.Function):
                 if any(ctx.needs_input_grad):
                     kept.append(weight)
         ctx.save_for_backward(*tensors, *kept)
-        ctx.sight, ctx.p = sight, p
-        return out_BRHD.mul_(sight.scale(p))
+        ctx.row_mask, ctx.p = row_mask, p
+        return out_BRHD.mul_(row_mask.scale(p))
 
     @staticmethod
     def backward(ctx, grad_BRHD):
-        sight, p, saved = ctx.sight, ctx.p, ctx.saved_tensors
+        row_mask, p, saved = ctx.row_mask, ctx.p, ctx.saved_tensors
         tensors, kept, dtype = saved[:5], saved[5:], saved[0].dtype
-        grad_BRHD = (grad_BRHD * sight.scale(p)).to(dtype)
+        grad_BRHD = (grad_BRHD * row_mask.scale(p)).to(dtype)
         content_q_grad, relative_q_grad = (torch.empty_like(x) for x in tensors[:2])
         # sums over blocks, laid out as the products are
         wide = torch.promote_types(dtype, torch.float32)
         sums = [x.new_zeros(x.movedim(-3, -1).shape, dtype=wide) for x in tensors[2:]]
         key_grad_BHDN, value_grad_BHDN, relative_key_grad_HDP = sums
         with torch.autocast("cpu", enabled=False):
-            for (block, of_block), weight in zip(_by_block(sight, *tensors), kept, strict=True):
+            for (block, of_block), weight in zip(_by_block(row_mask, *tensors), kept, strict=True):
                 content_q, relative_q, key, value, relative_key = of_block
                 grad = _heads_first(grad_BRHD[block.sequence, block.rows])
                 grad_weight = grad @ value.mT
@@ -61,11 +63,11 @@ class BlockAttention(torch.autograd.Function):
         return content_q_grad, relative_q_grad, *(x.to(dtype).movedim(-1, -3) for x in sums), None, None
 
 
-def _by_block(sight: Sight, content_q_BRHD, relative_q_BRHD, key_BNHD, value_BNHD, relative_key_PHD):
+def _by_block(row_mask: RowMask, content_q_BRHD, relative_q_BRHD, key_BNHD, value_BNHD, relative_key_PHD):
     """Every block with its part of each tensor, heads first and side by side: products of a view, whose rows lie far
     apart, take up to one and a half times as long."""
     relative_key_HPD, sequence = _heads_first(relative_key_PHD), None
-    for block in sight.blocks:
+    for block in row_mask.blocks:
         if block.sequence != sequence:
             sequence = block.sequence
             by_sequence = [_heads_first(x[sequence]) for x in (key_BNHD, value_BNHD)]

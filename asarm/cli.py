@@ -16,17 +16,12 @@ from typing import get_args, get_origin
 import docstring_parser
 from jsonargparse import ActionConfigFile, ActionYesNo, ArgumentParser
 
-from .allocation import keep_freed_memory
 from .bench.config import BenchDecodeConfig, BenchTrainConfig
+from .command_config import InfillConfig, ScoreConfig
 from .errors import EXIT_STOPPED, ConfigError, StoppedError, UserError
 from .evals.code_config import CodeInfillConfig
-from .evals.config import (
-    DecodingConfig,
-    InfillConfig,
-    NlpInfillConfig,
-    ScoreConfig,
-    SpeculativeConfig,
-)
+from .evals.config import DecodingConfig, NlpInfillConfig, SpeculativeConfig
+from .malloc import keep_freed_memory
 from .train.config import TrainConfig
 from .train.head_config import TrainHeadConfig
 
@@ -71,7 +66,7 @@ def run_score(config: ScoreConfig) -> None:
 
 
 def run_train(config: TrainConfig) -> None:
-    from .train.loop import train
+    from .train.model import train
 
     print(f"final checkpoint: {train(config)}")
 

@@ -15,13 +15,11 @@ logits are exact already and stay untouched. An untrained head corrects nothing:
 Whatever a head predicts, the samples are exact, because the draft's own probabilities enter the acceptance.
 """
 
-import json
+from functools import partial
 from pathlib import Path
 
 import torch
 from huggingface_hub.dataclasses import strict
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -29,9 +27,10 @@ from transformers import initialization as init
 from transformers.utils import cached_file
 
 from .embedded import resolve_model
-from .errors import CheckpointMismatchError, ConfigError, ModelNotFoundError, reason
-from .model import AnySubsetLM, wrong_keys
+from .errors import CheckpointMismatchError, ConfigError, ModelNotFoundError
+from .model import AnySubsetLM
 from .orders import Order
+from .pretrained import load_whole
 
 FOLDER = "draft_head"  # beside the trunk's own files
 SHAPE_FIELDS = ("d_model", "vocab_size", "width", "n_head", "rank", "max_missing", "max_distance")
@@ -194,26 +193,14 @@ class DraftHead(PreTrainedModel):
 
     @classmethod
     def _load(cls, name_or_path, revision: str, dtype: torch.dtype) -> "DraftHead":
-        path = resolve_model(name_or_path, revision)
-        try:
-            head, info = super().from_pretrained(
-                path,
-                subfolder=FOLDER,
-                revision=revision,
-                dtype=dtype,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # reported below, with their names
-            )
-        except (SafetensorError, StrictDataclassError, json.JSONDecodeError) as error:
-            raise CheckpointMismatchError(f"draft head of {str(name_or_path)!r} is broken: {reason(error)}") from error
-        except OSError as error:
-            raise ModelNotFoundError(
+        def not_found(why: str) -> ModelNotFoundError:
+            return ModelNotFoundError(
                 f"no draft head in {str(name_or_path)!r} at revision {revision!r}: make one with "
-                f"python -m asarm train-draft-head ({reason(error)})"
-            ) from error
-        if wrong := wrong_keys(info):
-            raise CheckpointMismatchError(f"draft head of {str(name_or_path)!r} does not fit its config.json: {wrong}")
-        return head
+                f"python -m asarm train-draft-head ({why})"
+            )
+
+        load = partial(super().from_pretrained, resolve_model(name_or_path, revision), subfolder=FOLDER)
+        return load_whole(load, f"draft head of {str(name_or_path)!r}", not_found, revision=revision, dtype=dtype)[0]
 
     def start_from(self, name_or_path, revision: str = "main") -> None:
         """Take the weights of a head of this shape, whatever trunk it was trained for: of another trunk with the same

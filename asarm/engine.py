@@ -4,7 +4,7 @@ A call with few rows is bound by reading the weights once. Hence, on a CPU, the 
 layout (a product of up to six rows then takes about as long as reading the matrix), keys and values are projected
 together, biases, activation and residual are part of the products, and attention is one fused kernel that reads only
 the slots that a limit reaches. On a GPU the same steps run on the plain weights, with shapes that do not change from
-round to round, so that rounds can be recorded (:mod:`asarm.sampling.replay`); with ``compile`` on a CPU as well.
+round to round, so that rounds can be recorded (:mod:`asarm.sampling.cuda_graphs`); with ``compile`` on a CPU as well.
 
 The results are those of :meth:`asarm.model.AnySubsetLM.forward` up to rounding; a test holds the two together.
 """

@@ -12,7 +12,7 @@ from functools import cache
 import torch
 
 from .errors import ConfigError
-from .rng import race_times
+from .rng import exponentials
 
 
 @dataclass(frozen=True)
@@ -80,32 +80,33 @@ def _outside_nucleus(scaled: torch.Tensor, top_p: float) -> torch.Tensor:
 def draw(weight: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """A token from the distribution proportional to ``weight`` [..., V]; the same ``uniform`` [...] gives the same one.
 
-    An exponential race (the Gumbel-max trick): the token whose exponential time, at its weight as rate, is the
-    shortest. Two stages, a group of tokens and a token of it, take about 2 sqrt(V) times instead of V. Unlike
-    inverting the cumulative sum, where every error moves all boundaries after it, a race lets rounding of the weights
-    decide only a photo finish; so a sequence's tokens do not depend on the batch or the kernel that computed them. A
-    token of weight zero never wins.
+    The exponential form of the Gumbel-max trick: the argmin of independent standard exponential numbers divided by the
+    weights. Two stages, a group of tokens and then a token of the group, need about 2 sqrt(V) numbers instead of V.
+    Inverting the cumulative sum would let a rounding error move every boundary after it; here rounding matters only
+    where two tokens tie, so a sequence's tokens do not depend on the batch or the kernel that computed them. A token of
+    weight zero is never drawn.
     """
-    return winner(weight, start_race(uniform, weight.shape[-1]))
+    return argmin(weight, exponential_noise(uniform, weight.shape[-1]))
 
 
-def start_race(uniform: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """The times [..., groups + size of a group] of a :func:`draw` with ``uniform`` [...]. They do not depend on the
-    weights: those of draws that follow from each other are made at once."""
+def exponential_noise(uniform: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """The exponential numbers [..., groups + size of a group] of a :func:`draw` with ``uniform`` [...]. They do not
+    depend on the weights, so those of several draws are made at once."""
     size = _group_size(vocab_size)
-    return race_times(uniform, vocab_size // size + size)
+    return exponentials(uniform, vocab_size // size + size)
 
 
-def winner(weight: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
-    """The token [...] that wins the race over ``time`` (:func:`start_race`) at ``weight`` [..., V]."""
+def argmin(weight: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """The token [...] whose noise (:func:`exponential_noise`) divided by its ``weight`` [..., V] is the smallest."""
     size = _group_size(weight.shape[-1])
     weight_XGM = weight.unflatten(-1, (-1, size))
-    time_XG, time_XM = time.split([weight_XGM.shape[-2], size], dim=-1)
-    group_X1 = (time_XG / weight_XGM.sum(-1)).argmin(-1, keepdim=True)
+    noise_XG, noise_XM = noise.split([weight_XGM.shape[-2], size], dim=-1)
+    group_X1 = (noise_XG / weight_XGM.sum(-1)).argmin(-1, keepdim=True)
     weight_XM = weight_XGM.take_along_dim(group_X1[..., None], dim=-2).squeeze(-2)
-    return (group_X1 * size + (time_XM / weight_XM).argmin(-1, keepdim=True)).squeeze(-1)
+    return (group_X1 * size + (noise_XM / weight_XM).argmin(-1, keepdim=True)).squeeze(-1)
 
 
 def _group_size(vocab_size: int) -> int:
-    """The divisor nearest below the square root, so that groups are equal. (A prime vocabulary is one race of all.)"""
+    """The divisor nearest below the square root, so that groups are equal (of one token, for a
+    vocabulary of prime size)."""
     return next(size for size in range(math.isqrt(vocab_size), 0, -1) if vocab_size % size == 0)

@@ -9,7 +9,8 @@ from transformers.utils import logging
 
 from .engine import warn_if_emulated
 from .errors import CheckpointMismatchError, ModelNotFoundError, reason
-from .model import AnySubsetLM, require_model
+from .model import AnySubsetLM
+from .pretrained import require_model
 from .tokenizer import TextTokenizer
 
 

@@ -6,62 +6,26 @@ interface: instead of a permutation mask over a whole sequence, a call computes 
 :mod:`asarm.orders`).
 """
 
-import hashlib
-import json
+from functools import partial
 from typing import ClassVar
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, XLNetConfig
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.utils import cached_file
 
 from .attention import RelativeAttention, product_dtype, relative_encoding
 from .config import require
 from .dropout import dropout
-from .embedded import embedded_models, resolve_model
-from .errors import CheckpointMismatchError, ConfigError, ModelNotFoundError, reason
+from .embedded import resolve_model
+from .errors import ConfigError
 from .orders import may_attend
-from .sight import Sight
+from .pretrained import load_whole, model_not_found, parameters_fingerprint
+from .row_mask import RowMask
 
 XLNET_MASK_ID = 6
-
-
-def wrong_keys(info: dict) -> dict[str, list]:
-    """What a checkpoint lacks, has too much of, or has in another shape, from ``from_pretrained``'s loading info."""
-    return {key: sorted(info[key]) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]}
-
-
-def parameters_fingerprint(module: nn.Module) -> str:
-    """A short hash of all parameters in bfloat16: a checkpoint has one fingerprint in every type it is loaded in."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(module.named_parameters()):
-        digest.update(name.encode())
-        digest.update(parameter.detach().bfloat16().cpu().view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def no_model(name_or_path, revision: str, why: str) -> ModelNotFoundError:
-    """What to say of a name that does not resolve."""
-    return ModelNotFoundError(
-        f"no model {str(name_or_path)!r} at revision {revision!r}: give an embedded name "
-        f"({', '.join(embedded_models())}), a folder with config.json and model.safetensors, or a Hub id "
-        f"and a revision that exist ({why})"
-    )
-
-
-def require_model(name_or_path, revision: str = "main") -> None:
-    """Raise :class:`ModelNotFoundError` for a name that does not resolve; only its configuration is looked for."""
-    try:
-        found = cached_file(resolve_model(name_or_path, revision), "config.json", revision=revision)
-    except OSError as error:
-        raise no_model(name_or_path, revision, reason(error)) from error
-    if found is None:
-        raise no_model(name_or_path, revision, "config.json is missing there")
 
 
 class FeedForward(nn.Module):
@@ -88,9 +52,9 @@ class Layer(nn.Module):
         self.ff = FeedForward(config)
 
     def forward(
-        self, x_BRE: torch.Tensor, n_content: int, first: int, encoding_PE: torch.Tensor, sight: Sight
+        self, x_BRE: torch.Tensor, n_content: int, first: int, encoding_PE: torch.Tensor, row_mask: RowMask
     ) -> torch.Tensor:
-        return self.ff(self.rel_attn(x_BRE, n_content, first, encoding_PE, sight))
+        return self.ff(self.rel_attn(x_BRE, n_content, first, encoding_PE, row_mask))
 
 
 class Trunk(nn.Module):
@@ -172,7 +136,7 @@ class AnySubsetLM(PreTrainedModel):
         return getattr(self.config, "mask_token_id", XLNET_MASK_ID)
 
     def fingerprint(self) -> str:
-        """See :func:`parameters_fingerprint`."""
+        """See :func:`~asarm.pretrained.parameters_fingerprint`."""
         return parameters_fingerprint(self)
 
     def forward(
@@ -186,14 +150,14 @@ class AnySubsetLM(PreTrainedModel):
         """
         B, N = ids_BN.shape
         dtype = product_dtype(self.transformer.word_embedding.weight)
-        sight = Sight.of(may_attend(rank_BN, limit_BR), N - 1 - position_BR.clamp(max=N - 1), N, dtype)
+        row_mask = RowMask.of(may_attend(rank_BN, limit_BR), N - 1 - position_BR.clamp(max=N - 1), N, dtype)
         encoding_PE = self.transformer.encoding(N)
         query_BQE = self.transformer.mask_emb.expand(B, position_BR.shape[1] - N, -1)
         x_BRE = self._drop(torch.cat([self.transformer.word_embedding(ids_BN), query_BQE], dim=1))
         for layer in self.transformer.layer[:-1]:
-            x_BRE = self._run(layer, x_BRE, N, 0, encoding_PE, sight)
+            x_BRE = self._run(layer, x_BRE, N, 0, encoding_PE, row_mask)
         # nothing reads the content rows' last hidden states
-        x_BRE = self._run(self.transformer.layer[-1], x_BRE, N, N, encoding_PE, sight.after(N))
+        x_BRE = self._run(self.transformer.layer[-1], x_BRE, N, N, encoding_PE, row_mask.after(N))
         return self._drop(x_BRE)
 
     def _run(self, layer: Layer, *arguments) -> torch.Tensor:
@@ -224,26 +188,15 @@ class AnySubsetLM(PreTrainedModel):
         not resolve and :class:`CheckpointMismatchError` where the weights are not exactly those that the
         configuration describes.
         """
-        path = resolve_model(name_or_path, revision)
         want_info = kwargs.pop("output_loading_info", False)
-        try:
-            model, info = super().from_pretrained(
-                path,
-                *args,
-                revision=revision,
-                dtype=dtype,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # reported below, with their names
-                **kwargs,
-            )
-        except (SafetensorError, StrictDataclassError, json.JSONDecodeError) as error:
-            raise CheckpointMismatchError(f"checkpoint {str(name_or_path)!r} is broken: {reason(error)}") from error
-        except OSError as error:
-            raise no_model(name_or_path, revision, reason(error)) from error
-        if wrong := wrong_keys(info):
-            raise CheckpointMismatchError(
-                f"checkpoint {str(name_or_path)!r} does not hold the parameters of its config.json: {wrong}"
-            )
+        model, info = load_whole(
+            partial(super().from_pretrained, resolve_model(name_or_path, revision), *args),
+            f"checkpoint {str(name_or_path)!r}",
+            partial(model_not_found, name_or_path, revision),
+            revision=revision,
+            dtype=dtype,
+            **kwargs,
+        )
         for layer in model.transformer.layer:
             layer.rel_attn.freeze_segment_terms()  # the library makes parameters anew when it loads them
         return (model, info) if want_info else model

@@ -27,25 +27,25 @@ def rank_uniforms(seed: int, stream: str, indices: list[int], n_ranks: int, n_co
     return torch.from_numpy(np.stack(rows)).permute(2, 0, 1).contiguous()
 
 
-def race_times(uniform: torch.Tensor, count: int) -> torch.Tensor:
+def exponentials(uniform: torch.Tensor, count: int) -> torch.Tensor:
     """``count`` independent standard exponential numbers [..., count], float64, for each of ``uniform`` [...].
 
     Counter-based (SplitMix64; Steele, Lea & Flood 2014, keyed by the bits of ``uniform``), so that they can be made
     where they are used, on any device.
     """
     key = _mix(uniform.double().contiguous().view(torch.int64))
-    bits = _mix(key[..., None] + race_counter(uniform.device, count))
+    bits = _mix(key[..., None] + counter(uniform.device, count))
     return -torch.log((_shift_right(bits, 11).double() + 0.5) * 2.0**-53)
 
 
 @torch.compiler.assume_constant_result
-def race_counter(device: torch.device, count: int) -> torch.Tensor:
+def counter(device: torch.device, count: int) -> torch.Tensor:
     """SplitMix64's counter, made once. (What torch.compile makes of it would be an index of 32 bits.)"""
-    return _race_counter(device, count)
+    return _counter(device, count)
 
 
 @cache
-def _race_counter(device: torch.device, count: int) -> torch.Tensor:
+def _counter(device: torch.device, count: int) -> torch.Tensor:
     return torch.arange(1, count + 1, device=device) * _signed(0x9E3779B97F4A7C15)
 
 

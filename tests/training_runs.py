@@ -6,7 +6,8 @@ from pathlib import Path
 
 from asarm import engine
 from asarm.config import DataConfig
-from asarm.train import loop, start
+from asarm.train import model as model_training
+from asarm.train import start
 from asarm.train.config import MaskingConfig, OptimizerConfig, TrainConfig
 
 NO_DROPOUT = {"d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 16, "dropout": 0.0}
@@ -53,15 +54,15 @@ def losses(out) -> list[float]:
 
 def stop_before(step: int, monkeypatch) -> None:
     """Let the next run end as if it were interrupted when a step begins."""
-    original = loop.make_batch
+    original = model_training.make_batch
 
     def interrupted(rows_BN, indices, now, *arguments):
         if now == step:
-            monkeypatch.setattr(loop, "make_batch", original)
+            monkeypatch.setattr(model_training, "make_batch", original)
             raise KeyboardInterrupt
         return original(rows_BN, indices, now, *arguments)
 
-    monkeypatch.setattr(loop, "make_batch", interrupted)
+    monkeypatch.setattr(model_training, "make_batch", interrupted)
 
 
 def train_command(text_file, out, *words) -> list[str]:

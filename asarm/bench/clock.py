@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..sampling.replay import recording
+from ..sampling.cuda_graphs import recording
 
 
 def synchronise(device: torch.device) -> None:

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from ..command_config import WORDS
 from ..config import SamplerConfig, require
-from ..evals.config import WORDS
 
 ARCHITECTURES = {
     "xlnet-base": {"d_model": 768, "n_layer": 12, "n_head": 12, "d_inner": 3072, "vocab_size": 32000},

@@ -21,8 +21,8 @@ from ..evals.tasks import mask_rows
 from ..loading import load
 from ..model import AnySubsetLM
 from ..orders import Order
+from ..sampling.cuda_graphs import prepared, shape_by_shape
 from ..sampling.decoding import Decoding, drafter_for
-from ..sampling.replay import prepared, shape_by_shape
 from ..sampling.sample import ROUNDS
 from .clock import as_decoded, median_seconds, synchronise
 from .config import ARCHITECTURES, POINTS, WARM_UP, BenchDecodeConfig

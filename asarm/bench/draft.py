@@ -5,7 +5,7 @@ import torch
 from ..draft_head import DraftHead
 from ..drafter import Drafter, Window
 from ..engine import Projection, can_pack
-from ..law import Law, start_race, winner
+from ..law import Law, argmin, exponential_noise
 from ..model import AnySubsetLM
 from .clock import as_decoded, median_seconds
 
@@ -41,9 +41,9 @@ def draft_step_seconds(model: AnySubsetLM, k: int, batch_size: int) -> dict[str,
             token_B = torch.zeros(batch_size, dtype=torch.long, device=device)
             nothing_BC = token_B.new_empty(batch_size, 0)
             started = drafter.begin(window, base_logits_BKV[..., :vocab_size], first_B=token_B, known_ids_BC=nothing_BC)
-            time_BKX = start_race(uniform_BK, vocab_size)
+            noise_BKX = exponential_noise(uniform_BK, vocab_size)
             for j in range(k):
-                token_B = winner(law.probs(started.step(j, token_B)), time_BKX[:, j])
+                token_B = argmin(law.probs(started.step(j, token_B)), noise_BKX[:, j])
 
         return median_seconds(as_decoded(steps, device), device, repeats=15, warm_up=3)
 

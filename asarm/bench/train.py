@@ -25,9 +25,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import XLNetConfig, XLNetLMHeadModel
 
-from ..allocation import keep_freed_memory, release_freed_memory
 from ..engine import warn_if_emulated
 from ..loading import this_device
+from ..malloc import keep_freed_memory, release_freed_memory
 from ..model import AnySubsetLM
 from ..orders import may_attend
 from ..runlog import provenance

@@ -31,7 +31,7 @@ def pack_all(documents: list[Document], tokenizer: TextTokenizer, max_length: in
 
 
 class PackedRows:
-    """An endless, seeded sequence of training rows in memory (a :class:`~asarm.data.rows.Rows`); row ``i`` is a pure
+    """An endless, seeded sequence of rows in memory (a :class:`~asarm.data.rows.TrainingRows`); row ``i`` is a pure
     function of the seed and ``i``, so that there is no state to keep.
 
     ``weights`` maps a pattern over ``source`` (``ChiLit/*``) to the number of times that such a document appears in

@@ -12,7 +12,7 @@ from .packing import PackedRows
 from .sources import find_files, iterate_documents
 
 
-class Rows(Protocol):
+class TrainingRows(Protocol):
     """An endless sequence of rows [max_length], of which a process reads those of its rank.
 
     Which row has which index is a function of the settings and the seed alone: not of the number of processes, nor of
@@ -34,7 +34,9 @@ class Rows(Protocol):
         whatever number there were)."""
 
 
-def open_rows(config: DataConfig, tokenizer: TextTokenizer, seed: int, rank: int = 0, world_size: int = 1) -> Rows:
+def open_rows(
+    config: DataConfig, tokenizer: TextTokenizer, seed: int, rank: int = 0, world_size: int = 1
+) -> TrainingRows:
     """The training rows that ``config`` describes, as rank ``rank`` of ``world_size`` processes reads them.
 
     Raises :class:`~asarm.errors.UserError` where there is nothing to read.

@@ -139,7 +139,7 @@ class Stream:
 
 
 class StreamedRows:
-    """Rows of streams (a :class:`~asarm.data.rows.Rows`), read by ``config.num_workers`` processes.
+    """Rows of streams (a :class:`~asarm.data.rows.TrainingRows`), read by ``config.num_workers`` processes.
 
     A state holds, for each stream that was read, the beginning of the block of its last row.
     """

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from ..errors import TextError
 from ..law import Law, draw
 from ..loading import load_causal, this_device
-from ..model import parameters_fingerprint
+from ..pretrained import parameters_fingerprint
 from ..rng import rank_uniforms
 
 

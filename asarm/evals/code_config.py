@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass, field
 
+from ..command_config import WORDS
 from ..config import require
-from .config import WORDS, InfillEvalConfig
+from .config import InfillEvalConfig
 
 CODE_BENCHMARKS = {  # the published files
     "single-line": "HumanEval-SingleLineInfilling.jsonl.gz",

@@ -25,7 +25,7 @@ from .code_config import CodeInfillConfig
 from .code_tasks import CodeProblem, empty_line, line_above, read_problems
 from .execution import CONTROLS, execute, judge_controls, pass_at_k, wilson_interval
 from .metrics import code_similarity
-from .run import Candidate, EvalRun
+from .run import EvalRun, EvaluatedModel
 from .sandbox import Limits, Sandbox
 from .stats import mean_and_se, table, with_interval, with_se
 
@@ -58,9 +58,9 @@ def evaluate(config: CodeInfillConfig) -> dict:
     sandbox = open_sandbox(config) if config.allow_code_execution else None
     run = EvalRun(config)
     lengths = {}
-    for candidate in run.candidates():
-        label = candidate.prefix.strip() or config.model
-        lengths[label] = fill(run, candidate.without_special_tokens(), problems)
+    for evaluated in run.models():
+        label = evaluated.prefix.strip() or config.model
+        lengths[label] = fill(run, evaluated.without_special_tokens(), problems)
     for system, complete in (GUESSERS | CONTROLS).items():
         for problem in run.todo(system, problems):
             run.add(system, problem.index, described(problem, complete(problem)))
@@ -85,7 +85,7 @@ def open_sandbox(config: CodeInfillConfig) -> Sandbox:
     return sandbox
 
 
-def fill(run: EvalRun, candidate: Candidate, problems: list[CodeProblem]) -> dict[str, int | None]:
+def fill(run: EvalRun, evaluated: EvaluatedModel, problems: list[CodeProblem]) -> dict[str, int | None]:
     """Draw and record every problem's completions. Sample s of problem p has the index p * num_samples + s. Returns how
     long the rows of the model's training were (None: not known), and how many programs are longer; those are filled
     like the rest, or it would be another benchmark.
@@ -93,10 +93,10 @@ def fill(run: EvalRun, candidate: Candidate, problems: list[CodeProblem]) -> dic
     Raises :class:`TextError` for a vocabulary without line breaks and indentation. One that changes some programs all
     the same (XLNet's, with its whitespace map) only shows the model changed text, and the records say so.
     """
-    n, tokenizer = run.config.num_samples, candidate.tokenizer
+    n, tokenizer = run.config.num_samples, evaluated.tokenizer
     tokenizer.check_lossless(INDENTED)
     encoded = [encode(tokenizer, problem) for problem in problems]
-    require_memory_for_density(candidate.model, run.config.batch_size, max(len(task.ids) for task in encoded))
+    require_memory_for_density(evaluated.model, run.config.batch_size, max(len(task.ids) for task in encoded))
     tasks = [replace(task, index=p * n + s) for p, task in enumerate(encoded) for s in range(n)]
     changed = [alters(tokenizer, problem) for problem in problems]
 
@@ -105,8 +105,8 @@ def fill(run: EvalRun, candidate: Candidate, problems: list[CodeProblem]) -> dic
         completion = tokenizer.decode_gap(ids, range(gap[0], gap[-1] + 1)) if gap else ""  # some spans are empty
         return {"altered": changed[task.index // n], **described(problems[task.index // n], completion)}
 
-    run.decode(candidate, tasks, describe)
-    trained = trained_length(candidate.model)
+    run.decode(evaluated, tasks, describe)
+    trained = trained_length(evaluated.model)
     return {"trained_length": trained, "longer": sum(len(task.ids) > trained for task in encoded) if trained else None}
 
 

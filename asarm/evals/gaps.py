@@ -18,7 +18,7 @@ from ..tokenizer import TextTokenizer
 from .causal import CausalLM, CausalTask
 from .metrics import rouge
 from .nlp_tasks import GapItem, Skipped, fitting
-from .run import Candidate, EvalRun
+from .run import EvalRun, EvaluatedModel
 
 
 @dataclass(frozen=True)
@@ -62,13 +62,13 @@ def _keeps(tokenizer: TextTokenizer, texts: tuple[str, ...]) -> bool:
     return True
 
 
-def fill(run: EvalRun, candidate: Candidate, items: list[GapItem], max_length: int | None) -> list[Skipped]:
-    """Fill with each of the candidate's samplers; for LAMBADA score the words too. Returns what was left out."""
-    tokenizer, config, n_rows = candidate.tokenizer, run.config, rows_of(items)
+def fill(run: EvalRun, evaluated: EvaluatedModel, items: list[GapItem], max_length: int | None) -> list[Skipped]:
+    """Fill with each of the model's samplers; for LAMBADA score the words too. Returns what was left out."""
+    tokenizer, config, n_rows = evaluated.tokenizer, run.config, rows_of(items)
     encoded, skipped = fitting(items, lambda item: encode_item(tokenizer, item), max_length)
     if not encoded:
         return skipped
-    require_memory_for_density(candidate.model, config.batch_size, max(e.length for e in encoded))
+    require_memory_for_density(evaluated.model, config.batch_size, max(e.length for e in encoded))
     by_index = {e.item.index: e for e in encoded}
 
     def describe(task: InfillTask, ids: list[int]) -> dict:
@@ -76,9 +76,9 @@ def fill(run: EvalRun, candidate: Candidate, items: list[GapItem], max_length: i
         fills = [tokenizer.decode_gap(ids, gap) for gap in e.gaps]
         return judged(config.task, e.item, fills) | {"trial": task.index // n_rows, "altered": e.altered}
 
-    run.decode(candidate, in_trials([e.task for e in encoded], config.trials, n_rows), describe)
+    run.decode(evaluated, in_trials([e.task for e in encoded], config.trials, n_rows), describe)
     if config.task == "lambada":
-        score_words(run, candidate, [e.task for e in encoded])
+        score_words(run, evaluated, [e.task for e in encoded])
     return skipped
 
 
@@ -129,17 +129,17 @@ def judged(task: str, item: GapItem, fills: list[str]) -> dict:
     return record | (rouge(reference, completion) if reference else {})
 
 
-def score_words(run: EvalRun, candidate: Candidate, tasks: list[InfillTask]) -> None:
+def score_words(run: EvalRun, evaluated: EvaluatedModel, tasks: list[InfillTask]) -> None:
     """The log-probability of the hidden word, and whether greedy decoding gives it: all in one pass, because each of
     its tokens is then the most likely one after those before it."""
-    greedy = law_of(candidate.model, without_special_tokens(SamplerConfig(greedy=True), candidate.tokenizer))
-    system, size = f"{candidate.prefix}greedy", run.config.batch_size
+    greedy = law_of(evaluated.model, without_special_tokens(SamplerConfig(greedy=True), evaluated.tokenizer))
+    system, size = f"{evaluated.prefix}greedy", run.config.batch_size
     todo = run.todo(system, tasks)
     for start in tqdm(range(0, len(todo), size), desc=system):
         batch, began = todo[start : start + size], time.perf_counter()
         ids_BN, order = collate(batch)
-        logp_B = joint_log_prob(candidate.model, ids_BN, order).tolist()
-        right_B = joint_log_prob(candidate.model, ids_BN, order, greedy).isfinite().tolist()
+        logp_B = joint_log_prob(evaluated.model, ids_BN, order).tolist()
+        right_B = joint_log_prob(evaluated.model, ids_BN, order, greedy).isfinite().tolist()
         seconds = (time.perf_counter() - began) / len(batch)
         for task, log_prob, right in zip(batch, logp_B, right_B, strict=True):
             record_word(run, system, task.index, task.visible.count(False), log_prob, right, seconds)

@@ -3,13 +3,13 @@
 import numpy as np
 from tqdm import tqdm
 
+from ..command_config import ScoreConfig
 from ..data.packing import pack_all
 from ..data.sources import read_documents
 from ..density import joint_log_prob, require_memory_for_density
 from ..infilling import collate
 from ..loading import load
 from ..model import AnySubsetLM
-from .config import ScoreConfig
 from .stats import mean_and_se
 from .tasks import mask_rows
 

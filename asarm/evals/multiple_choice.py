@@ -14,7 +14,7 @@ from ..errors import TextError
 from ..infilling import InfillTask, collate
 from .causal import CausalLM, CausalTask
 from .nlp_tasks import ChoiceItem, Skipped, fitting
-from .run import Candidate, EvalRun
+from .run import EvalRun, EvaluatedModel
 
 HEADINGS = {
     "accuracy_sum": "% right, by sum",
@@ -38,13 +38,13 @@ class ChoiceTask:
         return self.item.index
 
 
-def choose(run: EvalRun, candidate: Candidate, items: list[ChoiceItem], max_length: int | None) -> list[Skipped]:
+def choose(run: EvalRun, evaluated: EvaluatedModel, items: list[ChoiceItem], max_length: int | None) -> list[Skipped]:
     """Choose with an any-subset model: the ending is masked at the end, so its ascending order is left to right.
     Returns what was left out."""
-    model = candidate.model
+    model = evaluated.model
 
     def encode(item: ChoiceItem) -> ChoiceTask:
-        context, *endings = candidate.tokenizer.encode_batch([item.context, *item.endings])
+        context, *endings = evaluated.tokenizer.encode_batch([item.context, *item.endings])
         if not all(endings):
             raise TextError("an ending has no token in this vocabulary")
         sequences = [InfillTask(context + e, [True] * len(context) + [False] * len(e)) for e in endings]
@@ -58,7 +58,7 @@ def choose(run: EvalRun, candidate: Candidate, items: list[ChoiceItem], max_leng
         require_memory_for_density(
             model, max(run.config.batch_size, len(tasks[0].tokens)), max(t.length for t in tasks)
         )
-        record_choices(run, f"{candidate.prefix}joint", tasks, log_probs)
+        record_choices(run, f"{evaluated.prefix}joint", tasks, log_probs)
     return skipped
 
 

@@ -78,12 +78,12 @@ def evaluate_all(run: EvalRun, items: list[Item]) -> dict[str, dict]:
         max_length = min((n for n in (config.max_length, lm.max_length) if n), default=None)
         skipped = causal(run, lm, items, max_length)
         found[lm.system] = {"max_length": max_length, "skipped": [vars(s) for s in skipped]}
-    for candidate in run.candidates():
-        max_length = config.max_length or trained_length(candidate.model)
-        skipped = model(run, candidate.without_special_tokens(), items, max_length)
-        if not candidate.prefix and len(skipped) == len(items):
+    for evaluated in run.models():
+        max_length = config.max_length or trained_length(evaluated.model)
+        skipped = model(run, evaluated.without_special_tokens(), items, max_length)
+        if not evaluated.prefix and len(skipped) == len(items):
             raise TextError(f"{config.model} can be asked none of {len(items)} texts; the first: {skipped[0].reason}")
-        label = candidate.prefix.strip() or config.model
+        label = evaluated.prefix.strip() or config.model
         found[label] = {"max_length": max_length, "skipped": [vars(s) for s in skipped]}
     guess(run, GUESSERS[config.task], items)
     return found

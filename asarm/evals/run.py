@@ -28,7 +28,7 @@ Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
-class Candidate:
+class EvaluatedModel:
     """A model under evaluation; ``prefix`` stands before the sampler in the names of its results, empty for the run's
     own model."""
 
@@ -37,7 +37,7 @@ class Candidate:
     tokenizer: TextTokenizer
     samplers: dict[str, SamplerConfig]
 
-    def without_special_tokens(self) -> "Candidate":
+    def without_special_tokens(self) -> "EvaluatedModel":
         """The same, with the vocabulary's special tokens never drawn: a gap is filled with text."""
         samplers = {name: without_special_tokens(s, self.tokenizer) for name, s in self.samplers.items()}
         return replace(self, samplers=samplers)
@@ -55,7 +55,7 @@ class EvalRun:
         self.provenance = provenance()
         self.expected: dict[str, list[int]] = {}  # indices by system, of all shards
 
-    def candidates(self) -> Iterator[Candidate]:
+    def models(self) -> Iterator[EvaluatedModel]:
         """The run's model, then each baseline, loaded one at a time.
 
         A baseline uses the tokenizer that the run names, or its own, and those of the run's samplers that it has a
@@ -72,7 +72,7 @@ class EvalRun:
             names = has if not config.samplers else config.samplers
             if prefix:
                 names = [name for name in names if name.partition(":")[0] in has]
-            yield Candidate(prefix, model, tokenizer, {name: config.sampler_config(name) for name in names})
+            yield EvaluatedModel(prefix, model, tokenizer, {name: config.sampler_config(name) for name in names})
 
     def todo(self, system: str, items: list[Item]) -> list[Item]:
         """This process's share of what nobody has recorded; ``items`` have an ``index``, and are all of the system's,
@@ -85,20 +85,20 @@ class EvalRun:
         self.log.add({"sampler": system, "index": index, **measures})
 
     def decode(
-        self, candidate: Candidate, tasks: list[InfillTask], describe: Callable[[InfillTask, list[int]], dict]
+        self, evaluated: EvaluatedModel, tasks: list[InfillTask], describe: Callable[[InfillTask, list[int]], dict]
     ) -> None:
-        """Decode with each of the candidate's samplers what is left to do, and record it with what ``describe`` says
-        of its ids."""
-        for sampler in candidate.samplers.values():
-            drafter_for(candidate.model, sampler)  # a missing draft head is an error now, not when others are done
-        todo = {name: self.todo(candidate.prefix + name, tasks) for name in candidate.samplers}
-        bar = tqdm(total=len(self.shard.take(tasks)) * len(todo), unit="seq", desc=f"{candidate.prefix}decode")
+        """Decode what is left to do with each of the model's samplers, and record it with what ``describe`` says of its
+        ids."""
+        for sampler in evaluated.samplers.values():
+            drafter_for(evaluated.model, sampler)  # a missing draft head is an error now, not when others are done
+        todo = {name: self.todo(evaluated.prefix + name, tasks) for name in evaluated.samplers}
+        bar = tqdm(total=len(self.shard.take(tasks)) * len(todo), unit="seq", desc=f"{evaluated.prefix}decode")
         bar.update(bar.total - sum(map(len, todo.values())))
         for name, left in todo.items():
             bar.set_postfix_str(name)
-            sampler, seed, batch_size = candidate.samplers[name], self.config.seed, self.config.batch_size
-            for task, ids, measures in decode(candidate.model, left, sampler, seed, batch_size):
-                self.add(candidate.prefix + name, task.index, {**measures, **describe(task, ids)})
+            sampler, seed, batch_size = evaluated.samplers[name], self.config.seed, self.config.batch_size
+            for task, ids, measures in decode(evaluated.model, left, sampler, seed, batch_size):
+                self.add(evaluated.prefix + name, task.index, {**measures, **describe(task, ids)})
                 bar.update()
         bar.close()
 

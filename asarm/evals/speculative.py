@@ -62,15 +62,15 @@ def evaluate(config: SpeculativeConfig) -> dict:
     text, documents = load_text(config.dataset, config.data_file, config.dataset_config, config.split)
     run = EvalRun(config)
     judge = None if config.judge is None else Judge(config.judge)
-    for candidate in run.candidates():
-        require_memory_for_density(candidate.model, config.batch_size, config.max_length)
-        tasks = masked_sequences(config, pack_all(documents, candidate.tokenizer, config.max_length))
+    for evaluated in run.models():
+        require_memory_for_density(evaluated.model, config.batch_size, config.max_length)
+        tasks = masked_sequences(config, pack_all(documents, evaluated.tokenizer, config.max_length))
 
-        def describe(task: InfillTask, ids: list[int], tokenizer=candidate.tokenizer) -> dict:
+        def describe(task: InfillTask, ids: list[int], tokenizer=evaluated.tokenizer) -> dict:
             repetition = {"entropy": token_entropy(ids), "distinct_1": distinct(ids, 1), "distinct_2": distinct(ids, 2)}
             return {**repetition, "text": plain_text(tokenizer, ids)}
 
-        run.decode(candidate, tasks, describe)
+        run.decode(evaluated, tasks, describe)
     if judge is not None:
         judge_texts(run, judge, config.batch_size)
 

@@ -11,7 +11,7 @@ import torch
 
 from ..law import draw
 from ..orders import Rows, rows_from, rows_with_limit
-from .accept import accepted_block, accepted_prefix, carried_shares, residual
+from .accept import accepted_block, accepted_prefix, prefix_weights, residual
 from .decoding import Decoding, Draft, chosen
 from .drafts import bigram_draft, draft_ahead, head_draft, self_draft
 
@@ -98,12 +98,12 @@ def accept(state: Decoding, draft: Draft, n_exact: int, query: Rows, logits_BQV:
     draft_prob_BK, target_prob_BK = chosen(draft_BKV, draft_ids_BK), chosen(target_BKV, draft_ids_BK)
     uniform_BK = state.uniforms(state.accept_uniform_KBN, draft.rows.rank_BR)[:, n_exact:]
     if state.config.verifies_blocks:
-        carried_BA = carried_shares(draft_prob_BK, target_prob_BK, tested_BK)
-        accepted_B = accepted_block(carried_BA, draft_BKV, target_BKV, uniform_BK, tested_BK)
-        carried_B11 = carried_BA.gather(1, accepted_B[:, None])[..., None]
+        weight_BA = prefix_weights(draft_prob_BK, target_prob_BK, tested_BK)
+        accepted_B = accepted_block(weight_BA, draft_BKV, target_BKV, uniform_BK, tested_BK)
+        weight_B11 = weight_BA.gather(1, accepted_B[:, None])[..., None]
     else:
         slack = state.config.accept_slack
-        accepted_B, carried_B11 = accepted_prefix(draft_prob_BK, target_prob_BK, uniform_BK, tested_BK, slack), 1
+        accepted_B, weight_B11 = accepted_prefix(draft_prob_BK, target_prob_BK, uniform_BK, tested_BK, slack), 1
     kept_BK = torch.arange(K, device=accepted_B.device) < accepted_B[:, None]
     state.logp_B += target_prob_BK.log().where(kept_BK, 0).sum(1)
     state.proposed_BK[:, n_exact:] += tested_BK
@@ -114,7 +114,7 @@ def accept(state: Decoding, draft: Draft, n_exact: int, query: Rows, logits_BQV:
     if K:  # past the last tested draft there is nothing to subtract: the bonus token has the target's law
         refused_B11 = (accepted_B < tested_BK.sum(1))[:, None, None]
         refused_B1V = rows_from(draft_BKV, accepted_B.clamp(max=K - 1), 1) * refused_B11
-        weight_B1V = residual(carried_B11 * last_B1V, refused_B1V)
+        weight_B1V = residual(weight_B11 * last_B1V, refused_B1V)
     last_ids_B1 = draw(weight_B1V, state.uniforms(state.target_uniform_1BN, last.rank_BR))
     state.put(last, last_ids_B1)
     state.logp_B += chosen(last_B1V, last_ids_B1).log().where(last.valid_BR, 0).sum(1)

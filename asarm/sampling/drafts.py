@@ -4,7 +4,7 @@ import torch
 
 from ..draft_head import distance_to_previous, previous_ids
 from ..drafter import Window
-from ..law import Law, draw, ids_on, start_race, winner
+from ..law import Law, argmin, draw, exponential_noise, ids_on
 from ..orders import Rows, rows_from
 from .decoding import Decoding, Draft
 
@@ -42,11 +42,11 @@ def head_draft(state: Decoding, rows: Rows, states_BWE: torch.Tensor, first_B: t
     logits_BKV = state.engine.logits(rows_from(states_BWE, first_B, K))
     steps = state.drafter.begin(window, logits_BKV, first_B, before_BW[:, : W - K])
     token_B = before_BW.gather(1, first_B[:, None])[:, 0]
-    time_BKX = start_race(state.uniforms(state.draft_uniform_KBN, rows.rank_BR), logits_BKV.shape[-1])
+    noise_BKX = exponential_noise(state.uniforms(state.draft_uniform_KBN, rows.rank_BR), logits_BKV.shape[-1])
     ids, probs = [], []
     for j, law in enumerate(_laws(state, n_missing)):
         probs.append(law.probs(steps.step(j, token_B)))
-        token_B = winner(probs[-1], time_BKX[:, j])
+        token_B = argmin(probs[-1], noise_BKX[:, j])
         ids.append(token_B)
     return Draft(rows, torch.stack(ids, dim=1), torch.stack(probs, dim=1))
 
@@ -72,7 +72,7 @@ def bigram_draft(state: Decoding) -> Draft:
     """
     k, N = state.config.k, state.order.rank_BN.shape[1]
     rows = state.rows(state.settled_B, state.settled_B + k, k)
-    time_BKX = start_race(state.uniforms(state.draft_uniform_KBN, rows.rank_BR), state.model.config.vocab_size)
+    noise_BKX = exponential_noise(state.uniforms(state.draft_uniform_KBN, rows.rank_BR), state.model.config.vocab_size)
     state.aux_nfe_B += rows.valid_BR.any(dim=1)
     rank_BN, ids_BS = state.order.rank_BN, state.ids_BS.clone()
     left_BM, right_BM = ids_BS[:, : N - 1], ids_BS[:, 1:N]
@@ -91,7 +91,7 @@ def bigram_draft(state: Decoding) -> Draft:
         follows_BM = settled_pair_BM & known_B1 & (left_BM == ids_BS.gather(1, neighbour_B1))
         weight_BV = _counts_or(unigram_BV, right_BM, follows_BM, allowed_V)
         probs.append(weight_BV / weight_BV.sum(1, keepdim=True))
-        ids.append(winner(probs[-1], time_BKX[:, j])[:, None])
+        ids.append(argmin(probs[-1], noise_BKX[:, j])[:, None])
         ids_BS.scatter_(1, position_B1, ids[-1])
     return Draft(rows, torch.cat(ids, dim=1), torch.stack(probs, dim=1))
 

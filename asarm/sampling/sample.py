@@ -9,9 +9,9 @@ from ..config import SamplerConfig
 from ..model import AnySubsetLM
 from ..orders import Order
 from .assd import assd_ngram_round, assd_one_pass_round, assd_round
+from .cuda_graphs import prepared
 from .decoding import Completion, Decoding
 from .parallel import parallel_round
-from .replay import prepared
 from .sequential import sequential_round
 
 ROUNDS = {

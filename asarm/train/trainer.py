@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from ..data.rows import Rows
+from ..data.rows import TrainingRows
 from ..errors import ConfigError, DataFileError, DivergedError, StoppedError, UserError, reason
 from ..rng import generator
 from ..runlog import append_line, provenance, read_lines, write_atomic, write_json
@@ -64,7 +64,9 @@ class Trainer:
         layers: submodules that FSDP deals out one by one; without it every process holds the module whole.
     """
 
-    def __init__(self, run: Run, module: torch.nn.Module, rows: Rows, layers: Iterable[torch.nn.Module] | None = None):
+    def __init__(
+        self, run: Run, module: torch.nn.Module, rows: TrainingRows, layers: Iterable[torch.nn.Module] | None = None
+    ):
         config, accelerator, out = run.config, run.accelerator, run.out
         self.config, self.accelerator, self.out, self.rows = config, accelerator, out, rows
         decay = config.optimizer.ema_decay

@@ -26,10 +26,11 @@ from asarm.errors import (
 )
 from asarm.evals.config import ScoreConfig
 from asarm.evals.likelihood import held_out_likelihood
-from asarm.train import loop, start
+from asarm.train import model as model_training
+from asarm.train import start
 from asarm.train.checkpoint import checkpoints, load_checkpoint
 from asarm.train.config import ObjectiveConfig, ValidationConfig
-from asarm.train.loop import train
+from asarm.train.model import train
 
 
 def test_training_learns_and_the_final_checkpoint_loads(text_file, tmp_path):
@@ -123,13 +124,13 @@ def test_no_room_for_the_checkpoints_is_an_error_before_the_first_step(text_file
 
 def with_nan(steps: set[int], monkeypatch) -> None:
     """Make the loss of some steps not a number."""
-    original = loop.make_batch
+    original = model_training.make_batch
 
     def spoilt(rows_BN, indices, step, *arguments):
         batch = original(rows_BN, indices, step, *arguments)
         return replace(batch, weight_B=batch.weight_B * (float("nan") if step in steps else 1))
 
-    monkeypatch.setattr(loop, "make_batch", spoilt)
+    monkeypatch.setattr(model_training, "make_batch", spoilt)
 
 
 def test_a_gradient_that_is_not_finite_is_skipped_and_counted(text_file, tmp_path, monkeypatch):

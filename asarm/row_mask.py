@@ -29,7 +29,7 @@ class Block(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Sight:
+class RowMask:
     """What the rows of a call see, the first of which are content rows. ``bias_BRN`` is added to their scores: 0, or a
     number that leaves nothing of a weight; ``sees_any_BR`` says whether a row sees a slot at all; ``shift_BR`` = N - 1
     - position is where the relative key of slot 0 lies. ``blocks`` hold every row once (on a CPU; otherwise none)."""
@@ -40,7 +40,7 @@ class Sight:
     blocks: tuple[Block, ...]
 
     @classmethod
-    def of(cls, may_attend_BRN: torch.Tensor, shift_BR: torch.Tensor, n_content: int, dtype: torch.dtype) -> "Sight":
+    def of(cls, may_attend_BRN: torch.Tensor, shift_BR: torch.Tensor, n_content: int, dtype: torch.dtype) -> "RowMask":
         """From who may attend to what (True = may), for scores of type ``dtype``."""
         bias_BRN = (~may_attend_BRN).to(dtype).mul_(torch.finfo(torch.bfloat16).min)
         sees_any_BR = may_attend_BRN.any(-1)
@@ -49,7 +49,7 @@ class Sight:
             blocks = tuple(_blocks(may_attend_BRN, sees_any_BR, shift_BR, bias_BRN, n_content))
         return cls(bias_BRN, sees_any_BR, shift_BR, blocks)
 
-    def after(self, first: int) -> "Sight":
+    def after(self, first: int) -> "RowMask":
         """That of the rows from ``first`` on, where a block begins."""
         blocks = (
             block._replace(rows=slice(block.rows.start - first, block.rows.stop - first))
@@ -57,7 +57,7 @@ class Sight:
             if block.rows.start >= first
         )
         rows = (x[:, first:] for x in (self.bias_BRN, self.sees_any_BR, self.shift_BR))
-        return Sight(*rows, tuple(blocks))
+        return RowMask(*rows, tuple(blocks))
 
     def scale(self, p: float) -> torch.Tensor:
         """What becomes of a row's output, [B, R, 1, 1]: what dropout keeps is scaled up, and nothing is left of a row

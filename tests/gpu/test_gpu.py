@@ -13,7 +13,7 @@ from asarm.evals.config import SpeculativeConfig
 from asarm.evals.speculative import evaluate
 from asarm.sampling.sample import ROUNDS
 from asarm.train.config import ObjectiveConfig
-from asarm.train.loop import train
+from asarm.train.model import train
 from asarm.train.objective import Batch, Objective
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

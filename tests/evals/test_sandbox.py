@@ -16,7 +16,7 @@ from asarm.errors import SandboxError
 from asarm.evals.code_config import SANDBOXES
 from asarm.evals.sandbox import COVERS, Limits, Sandbox
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 LIMITS = Limits(cpu=1, wall=4)
 RIGHT = "def double(x):\n    return 2 * x\n"
 WRONG = "def double(x):\n    return x\n"

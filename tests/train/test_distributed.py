@@ -18,7 +18,7 @@ from asarm.errors import EXIT_STOPPED, ConfigError
 from asarm.runlog import read_lines
 from asarm.train.checkpoint import checkpoints, load_checkpoint
 from asarm.train.config import OptimizerConfig, ValidationConfig
-from asarm.train.loop import train
+from asarm.train.model import train
 
 
 def free_port() -> str:

@@ -8,7 +8,7 @@ import torch
 from scipy.stats import chisquare
 
 from asarm.law import draw
-from asarm.sampling.accept import accepted_block, accepted_prefix, carried_shares, residual
+from asarm.sampling.accept import accepted_block, accepted_prefix, prefix_weights, residual
 
 
 def law_of_one_step(draft_V: torch.Tensor, target_V: torch.Tensor) -> torch.Tensor:
@@ -67,7 +67,7 @@ class Round:
         self.valid_1K = torch.ones(1, ROUND_K, dtype=torch.bool)
         self.share_1A = torch.ones(1, ROUND_K + 1, dtype=torch.float64)
         if by_block:
-            self.share_1A = carried_shares(self.draft_prob_1K, self.target_prob_1K, self.valid_1K)
+            self.share_1A = prefix_weights(self.draft_prob_1K, self.target_prob_1K, self.valid_1K)
 
     def kept(self, uniform_1K: torch.Tensor) -> int:
         if self.by_block:
@@ -151,7 +151,7 @@ def test_shares_are_the_products_of_the_ratios_held_down_at_one():
     target_BK[::7, 2] = 0
     valid_BK = torch.arange(6) < torch.randint(0, 7, (50, 1), generator=generator)
     draft_BK = draft_BK.where(valid_BK, 0)  # as before the first draft: no share may become nan
-    found = carried_shares(draft_BK, target_BK, valid_BK)
+    found = prefix_weights(draft_BK, target_BK, valid_BK)
     share_B = torch.ones(50, dtype=torch.float64)
     assert torch.equal(found[:, 0], share_B)
     for j in range(6):
@@ -167,7 +167,7 @@ def test_drafts_past_the_last_valid_one_are_never_kept_and_decide_nothing():
     uniform_BK = torch.rand(200, 4, dtype=torch.float64, generator=generator)
     for n in range(5):
         valid_BK = (torch.arange(4) < n).expand(200, -1)
-        share_BA = carried_shares(prob_BK, target_BK, valid_BK)
+        share_BA = prefix_weights(prob_BK, target_BK, valid_BK)
         found = accepted_block(share_BA, draft_BKV, target_BKV, uniform_BK, valid_BK)
         cut = [x[:, :n] for x in (draft_BKV, target_BKV, uniform_BK, valid_BK)]
         assert torch.equal(found, accepted_block(share_BA[:, : n + 1], *cut)) and found.max() <= n
@@ -176,7 +176,7 @@ def test_drafts_past_the_last_valid_one_are_never_kept_and_decide_nothing():
 def test_a_draft_with_the_law_of_the_target_is_kept_whole():
     law_BKV = torch.rand(100, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).softmax(-1)
     prob_BK, valid_BK = law_BKV[..., 0], torch.ones(100, 4, dtype=torch.bool)
-    share_BA = carried_shares(prob_BK, prob_BK, valid_BK)
+    share_BA = prefix_weights(prob_BK, prob_BK, valid_BK)
     uniform_BK = torch.full((100, 4), 1 - 2**-53, dtype=torch.float64)
     assert accepted_block(share_BA, law_BKV, law_BKV, uniform_BK, valid_BK).eq(4).all()
 

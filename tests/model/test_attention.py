@@ -7,12 +7,12 @@ import pytest
 import torch
 from conftest import make_model, random_batch
 
-from asarm import sight as sight_module
+from asarm import row_mask as row_mask_module
 from asarm.attention import block_attention, fused_attention
 from asarm.density import target_states
 from asarm.engine import engine_of
 from asarm.orders import Order, content_limit, may_attend, rows_at_ranks
-from asarm.sight import Sight
+from asarm.row_mask import RowMask
 
 
 def test_masks_equal_a_triple_loop_for_all_subsets_of_four():
@@ -53,8 +53,8 @@ def slow_attention(content_q, relative_q, key, value, relative_key, may_BRN, shi
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks of three rows, whose slots and relative keys come in pairs."""
-    monkeypatch.setitem(sight_module.BLOCK_ROWS, torch.float32, 3)
-    monkeypatch.setattr(sight_module, "MULTIPLE", 2)
+    monkeypatch.setitem(row_mask_module.BLOCK_ROWS, torch.float32, 3)
+    monkeypatch.setattr(row_mask_module, "MULTIPLE", 2)
 
 
 WAYS = pytest.mark.parametrize("attend", [block_attention, fused_attention])
@@ -79,8 +79,8 @@ def ascending_inputs(B=2, N=16, H=2, D=3):
 @pytest.mark.parametrize("inputs", [attention_inputs, ascending_inputs])
 def test_attention_and_its_gradient_equal_a_loop(attend, inputs, small_blocks):
     tensors, may_BRN, shift_BR = inputs()
-    sight = Sight.of(may_BRN, shift_BR, min(may_BRN.shape[1:]), torch.float64)
-    out_BRHD = attend(*tensors, sight, 0.0)
+    row_mask = RowMask.of(may_BRN, shift_BR, min(may_BRN.shape[1:]), torch.float64)
+    out_BRHD = attend(*tensors, row_mask, 0.0)
     slow_BRHD = slow_attention(*tensors, may_BRN, shift_BR)
     assert torch.allclose(out_BRHD, slow_BRHD, atol=1e-12)
     assert out_BRHD[~may_BRN.any(-1)].eq(0).all(), "rows that see nothing"
@@ -93,29 +93,29 @@ def test_attention_and_its_gradient_equal_a_loop(attend, inputs, small_blocks):
 def test_in_ascending_order_a_block_leaves_out_what_none_of_its_rows_sees(small_blocks):
     _, may_BRN, shift_BR = ascending_inputs()
     B, R, N = may_BRN.shape
-    sight = Sight.of(may_BRN, shift_BR, N, torch.float64)
-    for block in sight.blocks:
+    row_mask = RowMask.of(may_BRN, shift_BR, N, torch.float64)
+    for block in row_mask.blocks:
         slots = [*range(block.n_near), *block.far_X.tolist()]
         others = sorted(set(range(N)) - set(slots))
         assert not may_BRN[block.sequence, block.rows][:, others].any()
-        assert torch.equal(block.bias_RS, sight.bias_BRN[block.sequence, block.rows][:, slots])
-    assert sorted(r for b in sight.blocks for r in range(R)[b.rows]) == sorted([*range(R)] * B)
-    assert any(len(block.far_X) for block in sight.blocks)
-    assert sum(block.bias_RS.numel() for block in sight.blocks) < 0.75 * may_BRN.numel()
-    queries = sight.after(N).blocks
+        assert torch.equal(block.bias_RS, row_mask.bias_BRN[block.sequence, block.rows][:, slots])
+    assert sorted(r for b in row_mask.blocks for r in range(R)[b.rows]) == sorted([*range(R)] * B)
+    assert any(len(block.far_X) for block in row_mask.blocks)
+    assert sum(block.bias_RS.numel() for block in row_mask.blocks) < 0.75 * may_BRN.numel()
+    queries = row_mask.after(N).blocks
     assert sorted(r for b in queries for r in range(R - N)[b.rows]) == sorted([*range(R - N)] * B)
 
 
 @WAYS
 def test_the_gradient_of_attention_with_dropout(attend, small_blocks):
     tensors, may_BRN, shift_BR = attention_inputs()
-    sight = Sight.of(may_BRN, shift_BR, 4, torch.float64)
+    row_mask = RowMask.of(may_BRN, shift_BR, 4, torch.float64)
 
     def with_one_mask(*tensors):
         torch.manual_seed(1)
-        return attend(*tensors, sight, 0.3)
+        return attend(*tensors, row_mask, 0.3)
 
-    assert not torch.equal(with_one_mask(*tensors), attend(*tensors, sight, 0.0))
+    assert not torch.equal(with_one_mask(*tensors), attend(*tensors, row_mask, 0.0))
     assert torch.autograd.gradcheck(with_one_mask, tensors)
 
 

@@ -17,7 +17,7 @@ from training_runs import losses, natively_bfloat16, small_run, stop_before, tra
 from asarm import AnySubsetLM
 from asarm.errors import EXIT_STOPPED, ConfigError, DataFileError, OutputDirError
 from asarm.train.checkpoint import checkpoints, load_checkpoint, newest_valid
-from asarm.train.loop import train
+from asarm.train.model import train
 
 
 def assert_same(whole: Path, parts: Path) -> None:

@@ -32,7 +32,7 @@ from asarm.sampling import assd
 from asarm.tokenizer import TextTokenizer
 
 SAMPLERS = ["sequential", "assd", "assd+one-pass", "assd-head", "assd-head+one-pass", "assd-ngram", "parallel"]
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SMALL = {"dataset": "samples", "num_sequences": 6, "max_length": 32, "batch_size": 3}
 
 

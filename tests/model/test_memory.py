@@ -20,7 +20,7 @@ TRAIN = """
 import sys, psutil, torch
 from transformers import XLNetConfig
 from asarm import density
-from asarm.allocation import keep_freed_memory
+from asarm.malloc import keep_freed_memory
 from asarm.model import AnySubsetLM
 from asarm.train import objective
 from asarm.train.config import MaskingConfig, ObjectiveConfig
@@ -84,7 +84,7 @@ print(estimate / (peak - start))
 )
 def test_the_estimate_is_of_the_right_size(kind, batch, length):
     """Every array has pages of its own, so that what malloc keeps for later is not counted."""
-    script = MEASURE.format(tests=str(Path(__file__).parent), batch=batch, length=length, kind=kind)
+    script = MEASURE.format(tests=str(Path(__file__).parents[1]), batch=batch, length=length, kind=kind)
     env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, env=env)
     assert done.returncode == 0, done.stderr
@@ -106,7 +106,7 @@ def test_what_training_needs_depends_on_its_settings():
 )
 def test_the_papers_recipes_fit_the_gpus_that_they_name(recipe, gib):
     """XLNet-base, with a tenth of the memory left for the driver and the allocator."""
-    file = Path(__file__).parents[1] / "configs" / "train" / f"{recipe}.yaml"
+    file = Path(__file__).parents[2] / "configs" / "train" / f"{recipe}.yaml"
     settings = yaml.safe_load(file.read_text())
     masking, rows = MaskingConfig(**settings["masking"]), settings["optimizer"]["rows_per_pass"]
     with torch.device("meta"):
@@ -129,7 +129,7 @@ def test_the_estimate_grows_as_it_should():
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts page faults with Linux's getrusage")
 def test_freed_memory_is_kept_until_it_is_released():
     script = (
-        "import resource, sys, torch; from asarm.allocation import keep_freed_memory, release_freed_memory\n"
+        "import resource, sys, torch; from asarm.malloc import keep_freed_memory, release_freed_memory\n"
         "def faults():\n"
         "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "    torch.zeros(2**24).add_(1)\n"

@@ -19,7 +19,7 @@ from asarm.infilling import infill, score_text
 from asarm.loading import load
 from asarm.tokenizer import train_byte_level_bpe
 from asarm.train.config import TrainConfig
-from asarm.train.loop import train
+from asarm.train.model import train
 
 
 def run(*arguments, **environment):

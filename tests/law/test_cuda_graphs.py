@@ -11,9 +11,9 @@ from torch.utils._pytree import tree_leaves
 
 from asarm import SamplerConfig, sample
 from asarm.errors import ConfigError
-from asarm.sampling import replay
+from asarm.sampling import cuda_graphs
+from asarm.sampling.cuda_graphs import Replay, compiled
 from asarm.sampling.decoding import Decoding
-from asarm.sampling.replay import Replay, compiled
 from asarm.sampling.sample import ROUNDS
 
 V = 12
@@ -56,7 +56,7 @@ def tapes(monkeypatch):
         return made[-1]
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", tape)
-    monkeypatch.setattr(replay, "recording", lambda tape, device: tape)
+    monkeypatch.setattr(cuda_graphs, "recording", lambda tape, device: tape)
     return made
 
 

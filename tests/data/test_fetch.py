@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "fetch_eval_datasets.py"
+SCRIPT = Path(__file__).parents[2] / "scripts" / "fetch_eval_datasets.py"
 PUBLISHED = b'{"text": "I went home to my \\u201cdog\\u201d"}\n'
 CONVERTED = '{"context": "I went home to my", "continuation": "“dog”"}\n'.encode()
 

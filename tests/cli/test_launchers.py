@@ -17,7 +17,7 @@ import pytest
 
 from asarm.cli import COMMANDS, EVALS, _make_config, build_parser
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 LAUNCHERS = sorted(ROOT.glob("_run_*.sh"))
 RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
 
