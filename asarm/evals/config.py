@@ -6,7 +6,8 @@ from itertools import product
 from typing import get_args, get_origin
 
 from ..command_config import WORDS, SamplingConfig
-from ..config import ONE_PASS, SamplerConfig, require
+from ..config import SamplerConfig, require
+from ..samplers import find_sampler
 
 NLP_TASKS = ("rocstories-1of5", "rocstories-3of5", "lambada", "hellaswag", "infill-file")
 ORDERS = ("any-subset", "left-to-right")
@@ -53,13 +54,14 @@ class DecodingConfig(SamplingConfig):
             self.sampler_config(name)
 
     def sampler_config(self, name: str, **settings) -> SamplerConfig:
-        if name.startswith("assd"):
+        sampler = find_sampler(name)
+        if sampler.verifies:
             settings["verification"] = self.verification
             settings["draft_only_temperature"] = self.draft_only_temperature
             settings["accept_slack"] = self.accept_slack
         elif self.draft_only_temperature:
             settings["temperature"] = 1.0
-        return super().sampler_config(name, bonus_token=self.bonus_token or ONE_PASS in name, **settings)
+        return super().sampler_config(name, bonus_token=self.bonus_token or sampler.drafts_ahead, **settings)
 
 
 @dataclass(frozen=True, kw_only=True)
