@@ -8,10 +8,8 @@ Imports nothing heavy, so that ``--help`` answers at once. Ranges are checked wh
 from dataclasses import dataclass, field, replace
 
 from .errors import ConfigError
+from .samplers import ONE_PASS, SAMPLERS, Sampler, find_sampler
 
-SAMPLERS = ("sequential", "assd", "assd-head", "assd-ngram", "parallel")
-ONE_PASS = "+one-pass"
-ONE_PASS_SAMPLERS = ("assd", "assd-head")
 VERIFICATIONS = ("token", "block")
 
 
@@ -60,23 +58,22 @@ class SamplerConfig:
     compile: bool = False
 
     def __post_init__(self):
-        require(self.name in SAMPLERS, "sampler", self.name, f"one of {', '.join(SAMPLERS)}")
+        find_sampler(self.name)
         require(self.k >= 1, "k", self.k, "at least 1")
         require(self.temperature > 0, "temperature", self.temperature, "above 0 (for the most likely token use greedy)")
         require(self.top_k is None or self.top_k >= 1, "top_k", self.top_k, "at least 1")
         require(self.top_p is None or 0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]")
-        require(
-            not self.one_pass or self.name in ONE_PASS_SAMPLERS, "one_pass", self.name, "used with assd or assd-head"
-        )
+        have = [name.removesuffix(ONE_PASS) for name in SAMPLERS if name.endswith(ONE_PASS)]
+        require(not self.one_pass or self.name in have, "one_pass", self.name, f"used with {' or '.join(have)}")
         require(
             not self.one_pass or self.bonus_token, "bonus_token", False, "true with one_pass, which always draws it"
         )
-        drafts = self.name.startswith("assd")
+        verifies = self.sampler.verifies
         require(self.verification in (None, *VERIFICATIONS), "verification", self.verification, "token or block")
-        require(drafts or self.verification is None, "verification", self.name, "used with assd")
-        require(drafts or not self.draft_only_temperature, "draft_only_temperature", self.name, "used with assd")
+        require(verifies or self.verification is None, "verification", self.name, "used with assd")
+        require(verifies or not self.draft_only_temperature, "draft_only_temperature", self.name, "used with assd")
         require(self.accept_slack >= 0, "accept_slack", self.accept_slack, "0 or more")
-        require(drafts or not self.accept_slack, "accept_slack", self.name, "used with assd")
+        require(verifies or not self.accept_slack, "accept_slack", self.name, "used with assd")
         singly = self.verification != "block"
         require(singly or not self.accept_slack, "accept_slack", self.accept_slack, "0 with verification block")
         whole = not self.greedy and self.top_k is None and self.top_p is None
@@ -100,22 +97,27 @@ class SamplerConfig:
         return self.name + ONE_PASS * bool(self.one_pass)
 
     @property
+    def sampler(self) -> Sampler:
+        """The sampler's record."""
+        return SAMPLERS[self.full_name]
+
+    @property
     def verifies_blocks(self) -> bool:
         """Whether the drafts of a round are judged together."""
         if self.verification is None:
-            return self.name == "assd-head" and self.accept_slack == 0
+            return self.sampler.judges_blocks and self.accept_slack == 0
         return self.verification == "block"
 
     @property
     def lossless(self) -> bool:
         """Whether what is drawn has the model's law."""
-        return self.name != "parallel" and self.accept_slack == 0
+        return self.sampler.exact and self.accept_slack == 0
 
     def on(self, device_type: str) -> "SamplerConfig":
         """With ``one_pass`` settled for a kind of device (``cuda``, ``cpu``)."""
         if self.one_pass is not None:
             return self
-        return replace(self, one_pass=self.name == "assd-head" and self.bonus_token and device_type == "cuda")
+        return replace(self, one_pass=device_type in self.sampler.one_pass_on and self.bonus_token)
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,12 @@ Hugging Face's ``<mask>`` does, because a word's first token carries its leading
 XLNet's vocabulary has no line breaks and collapses spaces. A checkpoint that was trained on programs all the same
 writes them as special tokens: its whitespace map, applied to a text before it is encoded and undone in decoding.
 
-``tokenizer_config.json`` beside ``tokenizer.json`` holds that map and what stands after every document, as a model was
-trained, and what ``AutoTokenizer`` of transformers needs.
+That map, and what stands after every document, are stored with the tokenizer as a model was trained
+(:mod:`asarm.tokenizer_files`).
 """
 
-import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from itertools import accumulate, chain, groupby
@@ -20,10 +19,9 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from .embedded import resolve_model
 from .errors import ConfigError, ModelNotFoundError, TextError, UserError, reason
+from .tokenizer_files import TOKENIZER, find_tokenizer, write_settings
 
-TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 # XLNet's special tokens, at their ids 0..8.
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<cls>", "<sep>", "<pad>", "<mask>", "<eod>", "<eop>")
 GAP = re.compile(r" ?<mask(?::(\d+))?>")
@@ -38,7 +36,8 @@ WORD = re.compile(r"\w+| +|\W")
 
 @dataclass(frozen=True)
 class MaskedText:
-    """A text with gaps as tokens: ids [N] (the mask id inside gaps), ``visible`` [N], and the text between the gaps."""
+    """A text with gaps as tokens: ids [N] (in the gaps the mask id, or a fill's ids), ``visible`` [N] (False in the
+    gaps), the text between the gaps, and the gaps as ranges of positions, some of which may be empty."""
 
     ids: list[int]
     visible: list[bool]
@@ -108,16 +107,7 @@ class TextTokenizer:
     ) -> "TextTokenizer":
         """Load ``tokenizer.json`` of an embedded model, a local folder or a Hub id; a setting that is not given is the
         one stored beside it."""
-        path = Path(resolve_model(name_or_path, revision))
-        if path.is_dir():
-            file, stored = path / TOKENIZER, path / TOKENIZER_CONFIG
-            if not file.is_file():
-                raise ModelNotFoundError(
-                    f"{path} has no {TOKENIZER}; name a folder or Hub id that has, with --tokenizer"
-                )
-        else:
-            file, stored = _download(str(name_or_path), revision)
-        settings = _read_settings(stored) if stored and stored.is_file() else {}
+        file, settings = find_tokenizer(name_or_path, revision)
         given = {"whitespace_map": whitespace_map, "document_end": document_end}
         settings |= {key: value for key, value in given.items() if value is not None}
         try:
@@ -130,17 +120,10 @@ class TextTokenizer:
     def save_pretrained(self, folder: str | Path, max_length: int | None = None) -> None:
         """Write ``tokenizer.json`` and ``tokenizer_config.json``, for :meth:`from_pretrained` and for ``AutoTokenizer``
         of transformers. ``max_length`` is the number of tokens in a row of the model's training, where it is known."""
-        names = {f"{token.strip('</>')}_token": token for token in ("<unk>", "<cls>", "<sep>", "<pad>", "<mask>")}
-        names |= {"bos_token": "<s>", "eos_token": "</s>"}
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-        settings |= {name: t for name, t in names.items() if self.backend.token_to_id(t) is not None}
-        if max_length is not None:
-            settings["model_max_length"] = max_length
-        settings["document_end"] = "".join(map(self.backend.id_to_token, self.document_end))
-        if self.whitespace_map is not None:
-            settings["whitespace_map"] = self.whitespace_map
         self.backend.save(str(Path(folder) / TOKENIZER))
-        (Path(folder) / TOKENIZER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        end = "".join(map(self.backend.id_to_token, self.document_end))
+        known = [token for token in SPECIAL_TOKENS if self.backend.token_to_id(token) is not None]
+        write_settings(Path(folder), known, end, self.whitespace_map, max_length)
 
     def __len__(self) -> int:
         return self.backend.get_vocab_size()
@@ -189,32 +172,37 @@ class TextTokenizer:
     def encode_masked(self, text: str) -> MaskedText:
         """Encode a text with ``<mask>`` (one token) and ``<mask:n>`` (n tokens) gaps; gaps side by side are one.
 
-        Raises :class:`TextError` for a text without a gap, one whose gap is too long (:func:`gap_length`), or one that
-        the vocabulary does not keep.
+        Raises :class:`TextError` for a text without a gap, one whose gap is too long, or one that the vocabulary does
+        not keep.
         """
-        require_gap(text)
-        ids, visible, pieces, gaps, end = [], [], [], [], 0
-        for match in GAP.finditer(text):
-            length = gap_length(match) or 1
-            piece = text[end : match.start()]
-            if piece.endswith(" ") and match[0].startswith(" ") and self._id_of:
-                piece += " "  # one of a run of spaces, which have tokens of their own
-            end = match.end()
-            if gaps and not piece:  # gaps side by side are one
-                gaps[-1] = range(gaps[-1].start, gaps[-1].stop + length)
+        (first, *others), spelled, lengths = split_at_gaps(text)
+        pieces, gaps = [first], []
+        for gap, length, piece in zip(spelled, lengths, others, strict=True):
+            if self._id_of and pieces[-1].endswith(" ") and gap.startswith(" "):
+                pieces[-1] += " "  # one of a run of spaces, which have tokens of their own
+            if gaps and not pieces[-1]:
+                gaps[-1] += length or 1
+                pieces[-1] = piece
             else:
-                self.check_lossless(piece)
+                gaps.append(length or 1)
                 pieces.append(piece)
-                piece_ids = self.encode(piece)
-                ids += piece_ids
-                visible += [True] * len(piece_ids)
-                gaps.append(range(len(ids), len(ids) + length))
-            ids += [self.mask_id] * length
-            visible += [False] * length
-        self.check_lossless(text[end:])
-        pieces.append(text[end:])
-        tail = self.encode(pieces[-1])
-        return MaskedText(ids + tail, visible + [True] * len(tail), pieces, gaps)
+        for piece in pieces:
+            self.check_lossless(piece)
+        return self.encode_gaps(pieces, gaps)
+
+    def encode_gaps(self, pieces: Sequence[str], gaps: Sequence[int | str]) -> MaskedText:
+        """Encode the pieces of a text, one more than there are gaps, and what stands in the gaps: a number of masked
+        tokens, or a fill, as text. Each piece and each fill is encoded by itself; a lossy one is not refused.
+        """
+        encoded = self.encode_batch([*pieces, *(gap for gap in gaps if isinstance(gap, str))])
+        piece_ids, fill_ids = encoded[: len(pieces)], iter(encoded[len(pieces) :])
+        ids, visible, ranges = [*piece_ids[0]], [True] * len(piece_ids[0]), []
+        for gap, after in zip(gaps, piece_ids[1:], strict=True):
+            in_gap = next(fill_ids) if isinstance(gap, str) else [self.mask_id] * gap
+            ranges.append(range(len(ids), len(ids) + len(in_gap)))
+            ids += in_gap + after
+            visible += [False] * len(in_gap) + [True] * len(after)
+        return MaskedText(ids, visible, list(pieces), ranges)
 
     def fill(self, masked: MaskedText, ids: list[int]) -> str:
         """The text with its gaps replaced by what ``ids`` holds there; outside the gaps it is kept to the byte."""
@@ -246,6 +234,19 @@ def require_gap(text: str) -> None:
         raise TextError(f"the text has no <mask> or <mask:n>: {text[:60]!r}; mark what is to be filled in")
 
 
+def split_at_gaps(text: str) -> tuple[list[str], list[str], list[int | None]]:
+    """The pieces between the gaps of a text (one more than gaps), the gaps as they are spelled, each with the space
+    that it swallows, and their lengths (:func:`gap_length`).
+
+    Raises :class:`TextError` for a text without a gap.
+    """
+    require_gap(text)
+    gaps = list(GAP.finditer(text))
+    bounds = [0, *(bound for gap in gaps for bound in gap.span()), len(text)]
+    pieces = [text[a:b] for a, b in zip(bounds[::2], bounds[1::2], strict=True)]
+    return pieces, [gap[0] for gap in gaps], [gap_length(gap) for gap in gaps]
+
+
 def special_tokens(run: str) -> list[str]:
     """The tokens of a text that holds nothing but special tokens; raises :class:`ConfigError` for another one."""
     tokens = re.findall("<[^<>]*>", run)
@@ -256,33 +257,6 @@ def special_tokens(run: str) -> list[str]:
             f"got {run!r}"
         )
     return tokens
-
-
-def _read_settings(file: Path) -> dict[str, str]:
-    """The settings that :meth:`TextTokenizer.save_pretrained` stored; other programs' files hold none of them."""
-    try:
-        stored = json.loads(file.read_text(encoding="utf-8"))
-        return {key: value for key, value in stored.items() if key in ("whitespace_map", "document_end")}
-    except (OSError, ValueError, AttributeError) as error:
-        raise ModelNotFoundError(f"{file} cannot be read ({reason(error)})") from error
-
-
-def _download(name: str, revision: str) -> tuple[str, Path | None]:
-    """``tokenizer.json`` and, where there is one, ``tokenizer_config.json`` of a Hub id."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
-
-    try:
-        file = hf_hub_download(name, TOKENIZER, revision=revision)
-    except Exception as error:  # the hub raises its own, requests' and plain OSErrors
-        raise ModelNotFoundError(
-            f"no {TOKENIZER} for {name!r} at revision {revision!r}: give --tokenizer with a folder or a Hub id that "
-            f"has one (xlnet/xlnet-base-cased, for instance) ({reason(error)})"
-        ) from error
-    try:
-        return file, Path(hf_hub_download(name, TOKENIZER_CONFIG, revision=revision))
-    except EntryNotFoundError:  # not there, or not in the cache of a machine without a network
-        return file, None
 
 
 def train_byte_level_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:

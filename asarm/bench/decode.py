@@ -21,14 +21,13 @@ from ..evals.tasks import mask_rows
 from ..loading import load
 from ..model import AnySubsetLM
 from ..orders import Order
+from ..samplers import find_sampler
 from ..sampling.cuda_graphs import prepared, shape_by_shape
 from ..sampling.decoding import Decoding, drafter_for
-from ..sampling.sample import ROUNDS
 from .clock import as_decoded, median_seconds, synchronise
 from .config import ARCHITECTURES, POINTS, WARM_UP, BenchDecodeConfig
 
 ACCEPTANCE_LENGTH = 128
-CALLS_PER_ROUND = {"assd": 2, "assd-head": 2}  # every other sampler makes one
 
 
 def model_of(config: BenchDecodeConfig, device: torch.device, dtype: str) -> AnySubsetLM:
@@ -37,7 +36,7 @@ def model_of(config: BenchDecodeConfig, device: torch.device, dtype: str) -> Any
     torch.manual_seed(config.seed)
     architecture = XLNetConfig(**ARCHITECTURES[config.size], mem_len=None)
     model = AnySubsetLM(architecture).to(device, getattr(torch, dtype)).eval()
-    if any(config.sampler_config(name).name == "assd-head" for name in config.samplers):
+    if any(find_sampler(name).drafts == "head" for name in config.samplers):
         attach_draft_head(model, DraftHead.for_trunk(model))
     return model
 
@@ -151,14 +150,15 @@ def round_seconds(
     generator = torch.Generator().manual_seed(config.seed)
     order = order_after(config, batch_size, point, generator).to(model.device)
     ids_BN = torch.randint(0, model.config.vocab_size, order.order_BN.shape, generator=generator).to(model.device)
-    sampler = config.sampler_config(name, config.compile)
-    state = Decoding(model, ids_BN, order, sampler, config.seed, list(range(batch_size)), batch_size)
-    play_round, engine, seconds = prepared(ROUNDS[name], model.device, config.compile), NotedCalls(state.engine), []
+    settings, sampler = config.sampler_config(name, config.compile), find_sampler(name)
+    state = Decoding(model, ids_BN, order, settings, config.seed, list(range(batch_size)), batch_size)
+    play_round = prepared(sampler.play_round, model.device, config.compile)
+    engine, seconds = NotedCalls(state.engine), []
 
     def timed_round(state: Decoding) -> None:
         if len(seconds) == WARM_UP + config.rounds:
             state.engine = engine
-            ROUNDS[name](state)
+            sampler.play_round(state)
             state.settle(state.order.length_B, state.order.length_B, backlog=1)
             return
         synchronise(model.device)
@@ -171,4 +171,4 @@ def round_seconds(
         pass
     again = shape_by_shape(engine.again) if config.compile else engine.again
     calls = median_seconds(as_decoded(again, model.device), model.device, config.rounds)
-    return statistics.median(seconds[WARM_UP:]), calls / CALLS_PER_ROUND.get(name, 1)
+    return statistics.median(seconds[WARM_UP:]), calls / sampler.calls_per_round

@@ -7,6 +7,7 @@ import torch
 from ..engine import engine_of, warn_if_emulated
 from ..loading import this_device
 from ..runlog import provenance
+from ..samplers import find_sampler
 from .baselines import gpt2_token_seconds, xlnet_call_seconds
 from .config import BenchDecodeConfig
 from .decode import ACCEPTANCE_LENGTH, acceptance_of, cost, model_of, require_draft_heads, streaming_seconds
@@ -35,7 +36,7 @@ def bench(config: BenchDecodeConfig) -> dict:
             for name in config.samplers:
                 row = {"dtype": dtype, "batch_size": batch_size, "sampler": name} | limits
                 rows.append(row | cost(config, model, name, batch_size, acceptance[name]) | baselines)
-                if name == "assd-head":
+                if find_sampler(name).drafts == "head" and not find_sampler(name).drafts_ahead:
                     steps = draft_step_seconds(model, config.k, batch_size)
                     call = {"call_seconds": rows[-1]["call_seconds"]}
                     draft_steps.append({"dtype": dtype, "batch_size": batch_size} | call | steps)

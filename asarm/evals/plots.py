@@ -1,7 +1,6 @@
 """Figures of the comparison of samplers, from its records and their summary alone.
 
-Colours are those of Okabe and Ito, told apart in every common form of colour blindness; each form of sampler keeps its
-colour and marker in every figure.
+Each form of sampler has the colour and the marker of its record in every figure.
 """
 
 import math
@@ -16,18 +15,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from ..samplers import REFERENCE, find_sampler, form_of
 from .metrics import judge_nll_per_token
 
-REFERENCE = "sequential"
-STYLES = {  # form of a sampler: colour, marker
-    "sequential": ("#000000", "s"),
-    "assd": ("#0072B2", "o"),
-    "assd+one-pass": ("#56B4E9", "D"),
-    "assd-head": ("#009E73", "^"),
-    "assd-head+one-pass": ("#E69F00", "v"),
-    "assd-ngram": ("#CC79A7", "P"),
-    "parallel": ("#D55E00", "X"),
-}
 DASHES = ("-", "--", ":", "-.")
 Rows = dict[str, dict]  # a summary's row by sampler
 Records = dict[str, list[dict]]
@@ -63,14 +53,9 @@ def model_of(system: str) -> str:
     return system[: system.rfind(" ") + 1]
 
 
-def form_of(sampler: str) -> str:
-    """``assd-head+one-pass:8`` is of the form ``assd-head+one-pass``."""
-    return sampler.partition(":")[0]
-
-
 def _style(sampler: str) -> dict:
-    colour, marker = STYLES[form_of(sampler)]
-    return {"color": colour, "marker": marker}
+    record = find_sampler(sampler)
+    return {"color": record.colour, "marker": record.marker}
 
 
 def _lines(rows: Rows) -> dict[str, list[dict]]:
@@ -113,7 +98,7 @@ def _histogram(panel: Axes, values: dict[str, np.ndarray], name: str, bins: np.n
     def share(v: np.ndarray) -> np.ndarray:
         return np.full(len(v), 1 / len(v))
 
-    colour = STYLES[form_of(name)][0]
+    colour = find_sampler(name).colour
     if REFERENCE in values:
         reference = np.clip(values[REFERENCE], bins[0], bins[-1])
         panel.hist(reference, bins, weights=share(reference), color="#BBBBBB")

@@ -16,8 +16,8 @@ from ..infilling import InfillTask, without_special_tokens
 from ..loading import load, name_and_revision
 from ..model import AnySubsetLM
 from ..runlog import prepare_output_dir, provenance, write_json
+from ..samplers import SAMPLERS, form_of
 from ..sampling.decoding import drafter_for
-from ..sampling.sample import ROUNDS
 from ..tokenizer import TextTokenizer
 from .config import DecodingConfig
 from .decode import decode
@@ -71,7 +71,7 @@ class EvalRun:
             has = all_samplers(model)
             names = has if not config.samplers else config.samplers
             if prefix:
-                names = [name for name in names if name.partition(":")[0] in has]
+                names = [name for name in names if form_of(name) in has]
             yield EvaluatedModel(prefix, model, tokenizer, {name: config.sampler_config(name) for name in names})
 
     def todo(self, system: str, items: list[Item]) -> list[Item]:
@@ -140,4 +140,4 @@ class EvalRun:
 
 def all_samplers(model: AnySubsetLM) -> list[str]:
     """Every sampler that the model has what it takes for."""
-    return [name for name in ROUNDS if not name.startswith("assd-head") or drafter_of(model) is not None]
+    return [name for name, sampler in SAMPLERS.items() if sampler.drafts != "head" or drafter_of(model) is not None]

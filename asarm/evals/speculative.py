@@ -17,11 +17,12 @@ from ..density import require_memory_for_density
 from ..errors import DataFileError, OutputDirError
 from ..infilling import InfillTask
 from ..runlog import read_lines
+from ..samplers import REFERENCE
 from ..tokenizer import TextTokenizer
 from .config import SpeculativeConfig
 from .judge import Judge
 from .metrics import distinct, judge_nll_per_token, token_entropy
-from .plots import REFERENCE, draw_plots, model_of
+from .plots import draw_plots, model_of
 from .records import by_key, by_system
 from .run import EvalRun
 from .stats import ALPHA, aligned, compare, summarise_by_sampler, table, with_interval

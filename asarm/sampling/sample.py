@@ -8,21 +8,8 @@ import torch
 from ..config import SamplerConfig
 from ..model import AnySubsetLM
 from ..orders import Order
-from .assd import assd_ngram_round, assd_one_pass_round, assd_round
 from .cuda_graphs import prepared
 from .decoding import Completion, Decoding
-from .parallel import parallel_round
-from .sequential import sequential_round
-
-ROUNDS = {
-    "sequential": sequential_round,
-    "assd": assd_round,
-    "assd+one-pass": assd_one_pass_round,
-    "assd-head": assd_round,
-    "assd-head+one-pass": assd_one_pass_round,
-    "assd-ngram": assd_ngram_round,
-    "parallel": parallel_round,
-}
 
 
 @torch.no_grad()
@@ -41,7 +28,7 @@ def sample_each(
     """
     config = config.on(model.device.type)
     state = Decoding(model, ids_TN.to(model.device), order.to(model.device), config, seed, indices, batch_size)
-    yield from state.run(prepared(ROUNDS[config.full_name], model.device, config.compile))
+    yield from state.run(prepared(config.sampler.play_round, model.device, config.compile))
 
 
 def sample(

@@ -14,7 +14,7 @@ from asarm.bench.decode import round_seconds
 from asarm.cli import main
 from asarm.errors import ConfigError
 from asarm.loading import load
-from asarm.sampling import sample as sample_module
+from asarm.samplers import SAMPLERS
 
 SYSTEMS = (train_bench.OURS, train_bench.THEIRS)
 
@@ -44,10 +44,13 @@ def test_the_last_line_is_json_and_agrees_with_itself(capsys):
 
 def test_only_the_asked_for_rounds_are_played(monkeypatch):
     played = []
-    original = sample_module.ROUNDS["sequential"]
-    monkeypatch.setitem(
-        sample_module.ROUNDS, "sequential", lambda state: (played.append(int(state.settled_B[0])), original(state))
-    )
+    original = SAMPLERS["sequential"]
+
+    def noted(state):
+        played.append(int(state.settled_B[0]))
+        original.play_round(state)
+
+    monkeypatch.setitem(SAMPLERS, "sequential", replace(original, round=noted))
     config = BenchDecodeConfig(size="tiny-english", length=100, masked_fraction=0.8, rounds=3, k=1)
     model, _ = load("tiny-english")
     seconds, call_seconds = round_seconds(config, model, "sequential", 2, point=0.5)

@@ -9,7 +9,7 @@ from asarm.evals import run as run_module
 from asarm.evals import speculative
 from asarm.evals.config import SpeculativeConfig
 from asarm.evals.grid import evaluate_grid, grid_report
-from asarm.sampling.sample import ROUNDS
+from asarm.samplers import SAMPLERS
 
 SMALL = {"dataset": "samples", "max_length": 16, "batch_size": 3}
 
@@ -45,8 +45,8 @@ def test_a_grid_over_models_and_samplers(tmp_path, monkeypatch):
     small = SMALL | {"num_sequences": 2, "grid": grid, "output_dir": str(tmp_path)}
     result = evaluate_grid(SpeculativeConfig(**small))
     assert [cell["settings"]["samplers"] for cell in result["cells"]] == 2 * grid["samplers"]
-    pair, headless = grid["samplers"][1], [name for name in ROUNDS if "head" not in name]
-    assert [list(cell["samplers"]) for cell in result["cells"]] == [[*ROUNDS], pair, headless, pair]
+    pair, headless = grid["samplers"][1], [name for name in SAMPLERS if "head" not in name]
+    assert [list(cell["samplers"]) for cell in result["cells"]] == [[*SAMPLERS], pair, headless, pair]
     assert json.loads((tmp_path / "grid.json").read_text()) == result
     assert (tmp_path / "grid.png").stat().st_size > 10_000
     lines = [line.split() for line in grid_report(result).splitlines()]

@@ -11,7 +11,7 @@ from training_runs import small_run, stop_before, write_text
 from asarm import SamplerConfig, joint_log_prob, sample
 from asarm.evals.config import SpeculativeConfig
 from asarm.evals.speculative import evaluate
-from asarm.sampling.sample import ROUNDS
+from asarm.samplers import SAMPLERS
 from asarm.train.config import ObjectiveConfig
 from asarm.train.model import train
 from asarm.train.objective import Batch, Objective
@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 
 @pytest.mark.parametrize("compile", [False, True])
-@pytest.mark.parametrize("name", ROUNDS)
+@pytest.mark.parametrize("name", SAMPLERS)
 def test_the_same_tokens_as_on_the_cpu_in_float32(name, compile):
     torch.backends.cuda.matmul.allow_tf32 = False
     model = with_random_head(make_model(vocab_size=12, spread=0.5))

@@ -11,10 +11,10 @@ from torch.utils._pytree import tree_leaves
 
 from asarm import SamplerConfig, sample
 from asarm.errors import ConfigError
+from asarm.samplers import SAMPLERS
 from asarm.sampling import cuda_graphs
 from asarm.sampling.cuda_graphs import Replay, compiled
 from asarm.sampling.decoding import Decoding
-from asarm.sampling.sample import ROUNDS
 
 V = 12
 aten = torch.ops.aten
@@ -69,12 +69,12 @@ def replayed(name, **settings):
     plain = sample(model, ids_BN, order, config, seed=2)
     with torch.no_grad():  # compile: with shapes that do not change
         state = Decoding(model, ids_BN, order, replace(config, compile=True), 2, list(range(7)), batch_size=3)
-        parts = list(state.run(Replay(ROUNDS[name])))
+        parts = list(state.run(Replay(SAMPLERS[name].play_round)))
     found = {n: (part.ids_BN[i], part.nfe_B[i], part.rounds_B[i]) for ns, part in parts for i, n in enumerate(ns)}
     return zip(plain.ids_BN, plain.nfe_B, plain.rounds_B, strict=True), [found[number] for number in range(7)]
 
 
-@pytest.mark.parametrize("name", ROUNDS)
+@pytest.mark.parametrize("name", SAMPLERS)
 def test_replayed_rounds_draw_the_same_tokens(name, tapes):
     for plain, found in zip(*replayed(name), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(plain, found, strict=True))
@@ -125,7 +125,7 @@ def graphs(monkeypatch):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("name", ROUNDS)
+@pytest.mark.parametrize("name", SAMPLERS)
 def test_a_round_is_one_graph_that_draws_the_same_tokens(name, graphs):
     compare(name)
     assert len(graphs) == (2 if name == "parallel" else 1), "parallel's first round has fewer content rows"

@@ -99,7 +99,11 @@ def test_fine_tuning_starts_from_the_given_weights(text_file, tmp_path):
         (lambda c: replace(c, architecture={"ff_activation": "gleu"}), ConfigError, "one of .*gelu.*, got 'gleu'"),
         (lambda c: replace(c, optimizer=replace(c.optimizer, beta2=1.5)), ConfigError, "optimizer.beta2.*got 1.5"),
         (lambda c: replace(c, num_threads=0), ConfigError, "num_threads must be at least 1, got 0"),
-        (lambda c: replace(c, validation=ValidationConfig(judge="gpt2")), ConfigError, "validation.judge.*with a file or a dataset"),
+        (
+            lambda c: replace(c, validation=ValidationConfig(judge="gpt2")),
+            ConfigError,
+            "judge.*a file or",
+        ),
         (lambda c: replace(c, architecture={"d_model": 30, "n_head": 4}), ConfigError, "n_head"),
         (lambda c: replace(c, architecture={"vocab_size": 100}), CheckpointMismatchError, "8192 pieces"),
         (lambda c: replace(c, log_every=0), ConfigError, "log_every"),
