@@ -15,7 +15,6 @@ logits are exact already and stay untouched. An untrained head corrects nothing:
 Whatever a head predicts, the samples are exact, because the draft's own probabilities enter the acceptance.
 """
 
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,7 +28,7 @@ from .embedded import resolve_model
 from .errors import CheckpointMismatchError, ConfigError, ModelNotFoundError
 from .model import AnySubsetLM
 from .orders import Order
-from .pretrained import find_file, load_whole
+from .pretrained import find_file, load_whole, pretrained_loader
 
 FOLDER = "draft_head"  # beside the trunk's own files
 SHAPE_FIELDS = ("d_model", "vocab_size", "width", "n_head", "rank", "max_missing", "max_distance")
@@ -198,7 +197,8 @@ class DraftHead(PreTrainedModel):
                 f"python -m asarm train-draft-head ({why})"
             )
 
-        load = partial(super().from_pretrained, resolve_model(name_or_path, revision), subfolder=FOLDER)
+        place = resolve_model(name_or_path, revision)
+        load = pretrained_loader(super().from_pretrained, DraftHeadConfig, place, subfolder=FOLDER)
         return load_whole(load, f"draft head of {str(name_or_path)!r}", not_found, revision=revision, dtype=dtype)[0]
 
     def start_from(self, name_or_path, revision: str = "main") -> None:

@@ -1,7 +1,7 @@
 """Checkpoints by name: which files a name stands for, loading all of their parameters or none, fingerprints.
 
-A checkpoint of a training run (``runs/x/checkpoints/step-0000500``) holds its weights in ``state.pt``, with what the
-run needs to go on, and is loaded from there like any other.
+A checkpoint of a training run (``runs/x/checkpoints/step-0000500``) holds the weights of its model or draft head in
+``state.pt``, with what the run needs to go on, and is loaded from there like any other.
 """
 
 import hashlib
@@ -67,18 +67,26 @@ def find_file(name_or_path, file: str, revision: str = "main", folder: str = "")
     return None if found is None else Path(found)
 
 
-def pretrained_loader(from_pretrained: Callable[..., Model], config_class: type, place: str, *args) -> Callable:
-    """``from_pretrained`` (of ``PreTrainedModel``) with its place filled in: a folder, a Hub id, or a checkpoint of a
-    training run."""
-    if (Path(place) / STATE).is_file() and not (Path(place) / "model.safetensors").exists():
-        return partial(_from_state, from_pretrained, config_class, place, *args)
-    return partial(from_pretrained, place, *args)
+def pretrained_loader(
+    from_pretrained: Callable[..., Model], config_class: type, place: str, *args, subfolder: str = ""
+) -> Callable:
+    """``from_pretrained`` (of ``PreTrainedModel``) with its place filled in: a folder or a Hub id, in which the files
+    are in ``subfolder``, or a checkpoint of a training run, in which only the configuration is."""
+    state, weights = Path(place) / STATE, Path(place) / subfolder / "model.safetensors"
+    if state.is_file() and not weights.exists():
+        return partial(_from_state, from_pretrained, config_class, place, *args, subfolder=subfolder)
+    return partial(from_pretrained, place, *args, subfolder=subfolder)
 
 
 def _from_state(
-    from_pretrained: Callable[..., tuple[Model, dict]], config_class: type, folder: str, *args, **settings
+    from_pretrained: Callable[..., tuple[Model, dict]],
+    config_class: type,
+    folder: str,
+    *args,
+    subfolder: str,
+    **settings,
 ) -> tuple[Model, dict]:
-    config = config_class.from_pretrained(folder)
+    config = config_class.from_pretrained(folder, subfolder=subfolder)
     weights = trained_weights(Path(folder) / STATE)
     model, info = from_pretrained(None, *args, config=config, state_dict=weights, **settings)
     model.name_or_path = model.config.name_or_path = folder

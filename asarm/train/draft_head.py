@@ -18,10 +18,10 @@ from ..data.packing import pack_all
 from ..data.rows import open_rows
 from ..data.sources import read_documents
 from ..density import query_states
-from ..draft_head import DraftHead, distance_to_previous, previous_ids
+from ..draft_head import FOLDER, DraftHead, distance_to_previous, previous_ids
 from ..errors import DataFileError
 from ..law import Law
-from ..loading import load
+from ..loading import RECIPE, load
 from ..memory import call_bytes, require_memory
 from ..model import AnySubsetLM
 from ..orders import Order, Rows, random_visible, rows_with_limit
@@ -30,7 +30,7 @@ from ..tokenizer import TextTokenizer
 from .checkpoint import Checkpoints
 from .config import MaskingConfig, ObjectiveConfig
 from .head_config import HeldOutConfig, TrainHeadConfig, WindowConfig
-from .logs import HELD_OUT, TrainingLogs
+from .logs import HELD_OUT, TrainingLogs, settings_as_yaml
 from .objective import Batch, make_batch
 from .schedule import masking_range
 from .start import CHECKPOINTS, FINAL, require_room, start
@@ -256,8 +256,13 @@ def train_draft_head(config: TrainHeadConfig) -> Path:
     rows = open_rows(data, tokenizer, seed, accelerator.process_index, accelerator.num_processes)
     trainer = Trainer(head, rows, optimizer, seed, accelerator, run.checkpoint)
     settings, keep = run.settings, config.keep_checkpoints
+
+    def describe(folder: Path) -> None:
+        head.config.save_pretrained(folder / FOLDER)
+        (folder / FOLDER / RECIPE).write_text(settings_as_yaml(settings), encoding="utf-8")
+
     logs = TrainingLogs(run.folder, accelerator, settings, trainer.first_step, config.log_every, config.wandb)
-    checkpoints = Checkpoints(run.folder / CHECKPOINTS, config.checkpoint_every, keep, settings, lambda folder: None)
+    checkpoints = Checkpoints(run.folder / CHECKPOINTS, config.checkpoint_every, keep, settings, describe)
     measure = AcceptanceSteps(trainer, model, untrained, held_out, config.held_out, windows, seed, logs)
     if trainer.first_step == 0:
         measure(0)
