@@ -33,7 +33,7 @@ def run_infill(config: InfillConfig) -> None:
 
     text = _text(config.text)
     require_gap(text)
-    model, tokenizer = load(config.model, config.revision, config.tokenizer, whitespace_map=config.whitespace_map)
+    model, tokenizer = load(config.model, config.revision, **config.tokenizer_settings)
     texts = infill(model, tokenizer, text, config.sampler_config(config.sampler), config.num_samples, config.seed)
     if config.json:
         print(json.dumps(asdict(config) | {"text": text, "infills": texts}, ensure_ascii=False))
@@ -57,7 +57,7 @@ def run_score(config: ScoreConfig) -> None:
     else:
         from .infilling import score_text
 
-        model, tokenizer = load(config.model, config.revision, config.tokenizer, whitespace_map=config.whitespace_map)
+        model, tokenizer = load(config.model, config.revision, **config.tokenizer_settings)
         score = score_text(model, tokenizer, _text(config.text), config.fills)
         result = asdict(score) | {"log_prob": score.log_prob}
         lines = [f"{logp:9.4f}  {token!r}" for token, logp in zip(score.tokens, score.log_probs, strict=True)]

@@ -19,7 +19,10 @@ class ModelConfig:
         revision: of a Hub id.
         tokenizer: folder or Hub id with a tokenizer.json (default: the model's own).
         whitespace_map: code where the checkpoint was trained on programs as the published revision code was: line
-            breaks, tabs and double spaces as special tokens of XLNet's vocabulary.
+            breaks, tabs and double spaces as special tokens of XLNet's vocabulary (default: as stored with the
+            tokenizer; training stores it).
+        document_end: special tokens after every document that is packed, <sep><cls></s> for the published checkpoints
+            (default: as stored with the tokenizer, else <eod>).
         seed: of masks and samples.
         json: print one JSON object instead of plain text.
     """
@@ -28,11 +31,17 @@ class ModelConfig:
     revision: str = "main"
     tokenizer: str | None = None
     whitespace_map: str | None = None
+    document_end: str | None = None
     seed: int = 0
     json: bool = False
 
     def __post_init__(self):
         require(self.seed >= 0, "seed", self.seed, "0 or more")
+
+    @property
+    def tokenizer_settings(self) -> dict[str, str | None]:
+        """Those that :func:`asarm.loading.load` takes."""
+        return {key: getattr(self, key) for key in ("tokenizer", "whitespace_map", "document_end")}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,10 +20,12 @@ def load(
     tokenizer: str | None = None,
     dtype: str = "float32",
     whitespace_map: str | None = None,
+    document_end: str | None = None,
 ) -> tuple[AnySubsetLM, TextTokenizer]:
-    """Both, on the GPU where there is one; the tokenizer from ``tokenizer`` or from the model's own place."""
+    """Both, on the GPU where there is one; the tokenizer from ``tokenizer`` or from the model's own place, with the
+    whitespace map and the document end that are stored there, unless they are given."""
     logging.disable_progress_bar()
-    loaded_tokenizer = load_tokenizer(model, revision, tokenizer, whitespace_map)
+    loaded_tokenizer = load_tokenizer(model, revision, tokenizer, whitespace_map, document_end)
     loaded = AnySubsetLM.from_pretrained(model, revision=revision, dtype=getattr(torch, dtype))
     check_vocabulary(loaded, loaded_tokenizer)
     warn_if_emulated(this_device(), loaded.dtype, "dtype float32")
@@ -39,13 +41,17 @@ def this_device() -> torch.device:
 
 
 def load_tokenizer(
-    model: str | None, revision: str, tokenizer: str | None, whitespace_map: str | None = None
+    model: str | None,
+    revision: str,
+    tokenizer: str | None,
+    whitespace_map: str | None = None,
+    document_end: str | None = None,
 ) -> TextTokenizer:
     """``tokenizer`` if it is named, else the model's own at the model's revision."""
     if tokenizer:
-        return TextTokenizer.from_pretrained(tokenizer, whitespace_map=whitespace_map)
+        return TextTokenizer.from_pretrained(tokenizer, whitespace_map=whitespace_map, document_end=document_end)
     require_model(model, revision)  # of a model that does not exist, not the tokenizer is what is missing
-    return TextTokenizer.from_pretrained(model, revision, whitespace_map)
+    return TextTokenizer.from_pretrained(model, revision, whitespace_map, document_end)
 
 
 def check_vocabulary(model: AnySubsetLM, tokenizer: TextTokenizer) -> None:

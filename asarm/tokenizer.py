@@ -5,8 +5,12 @@ Hugging Face's ``<mask>`` does, because a word's first token carries its leading
 
 XLNet's vocabulary has no line breaks and collapses spaces. A checkpoint that was trained on programs all the same
 writes them as special tokens: its whitespace map, applied to a text before it is encoded and undone in decoding.
+
+``tokenizer_config.json`` beside ``tokenizer.json`` holds that map and what stands after every document, as a model was
+trained, and what ``AutoTokenizer`` of transformers needs.
 """
 
+import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,6 +23,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from .embedded import resolve_model
 from .errors import ConfigError, ModelNotFoundError, TextError, UserError, reason
 
+TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 # XLNet's special tokens, at their ids 0..8.
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<cls>", "<sep>", "<pad>", "<mask>", "<eod>", "<eop>")
 GAP = re.compile(r" ?<mask(?::(\d+))?>")
@@ -27,6 +32,7 @@ SPELLED = r"<(?=(?:" + "|".join(t.strip("<>") for t in SPECIAL_TOKENS) + ")>)"  
 # "code" is the map of Guo & Ermon's published code checkpoint. Their fourth rule, three spaces to <pad>, comes last and
 # so never applies: pairs of spaces are gone by then. A space left over is lost, as it was in their training data.
 WHITESPACE_MAPS = {"code": {"\n": "<cls>", "\t": "<sep>", "  ": "<unk>"}}
+DOCUMENT_END = "<eod>"  # Guo & Ermon's checkpoints were trained with <sep><cls></s>
 WORD = re.compile(r"\w+| +|\W")
 
 
@@ -56,14 +62,22 @@ class Difference:
 class TextTokenizer:
     """Encodes plain text without adding special tokens; special tokens spelled out in a text are text.
 
-    ``whitespace_map`` names one of ``WHITESPACE_MAPS``. ``special_ids`` are the special tokens that stand for no text.
+    ``whitespace_map`` names one of ``WHITESPACE_MAPS``; ``document_end`` is a run of special tokens, the ids of which
+    :attr:`document_end` holds. ``special_ids`` are the special tokens that stand for no text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, name: str = "tokenizer", whitespace_map: str | None = None):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        name: str = "tokenizer",
+        whitespace_map: str | None = None,
+        document_end: str | None = None,
+    ):
         if whitespace_map is not None and whitespace_map not in WHITESPACE_MAPS:
             raise ConfigError(f"whitespace_map must be one of {', '.join(WHITESPACE_MAPS)}, got {whitespace_map!r}")
         mapped = WHITESPACE_MAPS.get(whitespace_map, {})
-        missing = [t for t in ("<mask>", "<eod>", *mapped.values()) if tokenizer.token_to_id(t) is None]
+        end = special_tokens(DOCUMENT_END if document_end is None else document_end)
+        missing = [t for t in ("<mask>", *end, *mapped.values()) if tokenizer.token_to_id(t) is None]
         if missing:
             raise TextError(
                 f"{name} has no {', '.join(missing)} token; an any-subset model needs XLNet's special tokens"
@@ -73,7 +87,8 @@ class TextTokenizer:
         tokenizer.no_padding()
         self.backend = tokenizer
         self.mask_id = tokenizer.token_to_id("<mask>")
-        self.separator_id = tokenizer.token_to_id("<eod>")
+        self.whitespace_map = whitespace_map
+        self.document_end = tuple(map(tokenizer.token_to_id, end))
         self._id_of = {text: tokenizer.token_to_id(token) for text, token in mapped.items()}
         self._whitespace_of = {id_: text for text, id_ in self._id_of.items()}
         self._mapped = re.compile(f"({'|'.join(mapped)})" if mapped else "(?!)")  # without a map: nowhere
@@ -85,24 +100,47 @@ class TextTokenizer:
 
     @classmethod
     def from_pretrained(
-        cls, name_or_path: str | Path, revision: str = "main", whitespace_map: str | None = None
+        cls,
+        name_or_path: str | Path,
+        revision: str = "main",
+        whitespace_map: str | None = None,
+        document_end: str | None = None,
     ) -> "TextTokenizer":
-        """Load ``tokenizer.json`` of an embedded model, a local folder or a Hub id."""
+        """Load ``tokenizer.json`` of an embedded model, a local folder or a Hub id; a setting that is not given is the
+        one stored beside it."""
         path = Path(resolve_model(name_or_path, revision))
         if path.is_dir():
-            file = path / "tokenizer.json"
+            file, stored = path / TOKENIZER, path / TOKENIZER_CONFIG
             if not file.is_file():
                 raise ModelNotFoundError(
-                    f"{path} has no tokenizer.json; name a folder or Hub id that has, with --tokenizer"
+                    f"{path} has no {TOKENIZER}; name a folder or Hub id that has, with --tokenizer"
                 )
         else:
-            file = _download(str(name_or_path), revision)
+            file, stored = _download(str(name_or_path), revision)
+        settings = _read_settings(stored) if stored and stored.is_file() else {}
+        given = {"whitespace_map": whitespace_map, "document_end": document_end}
+        settings |= {key: value for key, value in given.items() if value is not None}
         try:
-            return cls(Tokenizer.from_file(str(file)), str(name_or_path), whitespace_map)
+            return cls(Tokenizer.from_file(str(file)), str(name_or_path), **settings)
         except UserError:
             raise
         except Exception as error:  # the library raises a bare Exception for a malformed file
             raise ModelNotFoundError(f"{file} is not a fast tokenizer ({reason(error)})") from error
+
+    def save_pretrained(self, folder: str | Path, max_length: int | None = None) -> None:
+        """Write ``tokenizer.json`` and ``tokenizer_config.json``, for :meth:`from_pretrained` and for ``AutoTokenizer``
+        of transformers. ``max_length`` is the number of tokens in a row of the model's training, where it is known."""
+        names = {f"{token.strip('</>')}_token": token for token in ("<unk>", "<cls>", "<sep>", "<pad>", "<mask>")}
+        names |= {"bos_token": "<s>", "eos_token": "</s>"}
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        settings |= {name: t for name, t in names.items() if self.backend.token_to_id(t) is not None}
+        if max_length is not None:
+            settings["model_max_length"] = max_length
+        settings["document_end"] = "".join(map(self.backend.id_to_token, self.document_end))
+        if self.whitespace_map is not None:
+            settings["whitespace_map"] = self.whitespace_map
+        self.backend.save(str(Path(folder) / TOKENIZER))
+        (Path(folder) / TOKENIZER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
     def __len__(self) -> int:
         return self.backend.get_vocab_size()
@@ -208,16 +246,43 @@ def require_gap(text: str) -> None:
         raise TextError(f"the text has no <mask> or <mask:n>: {text[:60]!r}; mark what is to be filled in")
 
 
-def _download(name: str, revision: str) -> str:
+def special_tokens(run: str) -> list[str]:
+    """The tokens of a text that holds nothing but special tokens; raises :class:`ConfigError` for another one."""
+    tokens = re.findall("<[^<>]*>", run)
+    allowed = [token for token in SPECIAL_TOKENS if token != "<mask>"]
+    if not tokens or "".join(tokens) != run or not set(tokens) <= set(allowed):
+        raise ConfigError(
+            f"document_end must be special tokens side by side (of {' '.join(allowed)}), as in <sep><cls></s>, "
+            f"got {run!r}"
+        )
+    return tokens
+
+
+def _read_settings(file: Path) -> dict[str, str]:
+    """The settings that :meth:`TextTokenizer.save_pretrained` stored; other programs' files hold none of them."""
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        return {key: value for key, value in stored.items() if key in ("whitespace_map", "document_end")}
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelNotFoundError(f"{file} cannot be read ({reason(error)})") from error
+
+
+def _download(name: str, revision: str) -> tuple[str, Path | None]:
+    """``tokenizer.json`` and, where there is one, ``tokenizer_config.json`` of a Hub id."""
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
 
     try:
-        return hf_hub_download(name, "tokenizer.json", revision=revision)
+        file = hf_hub_download(name, TOKENIZER, revision=revision)
     except Exception as error:  # the hub raises its own, requests' and plain OSErrors
         raise ModelNotFoundError(
-            f"no tokenizer.json for {name!r} at revision {revision!r}: give --tokenizer with a folder or a Hub id that "
+            f"no {TOKENIZER} for {name!r} at revision {revision!r}: give --tokenizer with a folder or a Hub id that "
             f"has one (xlnet/xlnet-base-cased, for instance) ({reason(error)})"
         ) from error
+    try:
+        return file, Path(hf_hub_download(name, TOKENIZER_CONFIG, revision=revision))
+    except EntryNotFoundError:  # not there, or not in the cache of a machine without a network
+        return file, None
 
 
 def train_byte_level_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:

@@ -1,4 +1,4 @@
-"""Documents to rows of a fixed length: concatenated, with a separator after each, and cut.
+"""Documents to rows of a fixed length: concatenated, with the document end after each, and cut.
 
 Nothing is dropped. Training wraps an epoch's last row around to the epoch's beginning; evaluation keeps it as a
 shorter row.
@@ -17,9 +17,9 @@ from .sources import Document
 
 
 def tokenize(documents: list[Document], tokenizer: TextTokenizer) -> list[np.ndarray]:
-    """Each document's ids followed by the separator."""
+    """Each document's ids followed by those of the document end."""
     encoded = tokenizer.encode_batch([d.text for d in documents])
-    return [np.array([*ids, tokenizer.separator_id], dtype=np.int32) for ids in encoded]
+    return [np.array([*ids, *tokenizer.document_end], dtype=np.int32) for ids in encoded]
 
 
 def pack_all(documents: list[Document], tokenizer: TextTokenizer, max_length: int) -> list[np.ndarray]:

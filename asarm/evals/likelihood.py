@@ -20,7 +20,7 @@ def held_out_likelihood(config: ScoreConfig) -> dict:
     The mean is over tokens; its standard error treats each row's mean as one observation.
     """
     documents = read_documents(config.data_file)
-    model, tokenizer = load(config.model, config.revision, config.tokenizer, whitespace_map=config.whitespace_map)
+    model, tokenizer = load(config.model, config.revision, **config.tokenizer_settings)
     rows = pack_all(documents, tokenizer, config.max_length)[: config.num_sequences]
     require_memory_for_density(model, config.batch_size, config.max_length)
     table = [

@@ -184,7 +184,9 @@ class TrainConfig:
         revision: of a Hub id.
         tokenizer: folder or Hub id with a tokenizer.json (default: the model's own).
         whitespace_map: code for programs in XLNet's vocabulary, which has no line breaks: they, tabs and double spaces
-            become special tokens, as in the published revision code.
+            become special tokens, as in the published revision code (default: as stored with the tokenizer).
+        document_end: special tokens after every document, <sep><cls></s> as in the published checkpoints' training
+            (default: as stored with the tokenizer, else <eod>).
         architecture: XLNetConfig fields for a model from scratch (d_model, n_layer, n_head, d_inner, ...).
         data: training text.
         masking: what is hidden, and the order of decoding.
@@ -211,6 +213,7 @@ class TrainConfig:
     revision: str = "main"
     tokenizer: str | None = None
     whitespace_map: str | None = None
+    document_end: str | None = None
     architecture: dict[str, int | float | str] = field(default_factory=dict)
     data: DataConfig = field(default_factory=DataConfig)
     masking: MaskingConfig = field(default_factory=MaskingConfig)

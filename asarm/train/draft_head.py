@@ -178,7 +178,13 @@ def train_draft_head(config: TrainHeadConfig) -> Path:
     """Run (or, with ``resume``, go on with) a training run; returns the folder that holds ``draft_head/``."""
     run = start(config)
     config, accelerator = run.config, run.accelerator
-    model, tokenizer = load(config.model, config.revision, config.tokenizer, whitespace_map=config.whitespace_map)
+    model, tokenizer = load(
+        config.model,
+        config.revision,
+        config.tokenizer,
+        whitespace_map=config.whitespace_map,
+        document_end=config.document_end,
+    )
     model.to(accelerator.device).requires_grad_(False)
     require_memory_for_head(model, config)
     torch.manual_seed(config.seed)

@@ -51,7 +51,9 @@ def train(config: TrainConfig) -> Path:
     """Run (or, with ``resume``, go on with) a training run; returns the folder of the final checkpoint."""
     run = start(config)
     config, accelerator = run.config, run.accelerator
-    tokenizer = load_tokenizer(config.model, config.revision, config.tokenizer, config.whitespace_map)
+    tokenizer = load_tokenizer(
+        config.model, config.revision, config.tokenizer, config.whitespace_map, config.document_end
+    )
     length, o = config.data.max_length, config.optimizer
     validation = Validation(config.validation, tokenizer, length)
     model = build_model(config, len(tokenizer))
@@ -91,6 +93,6 @@ def train(config: TrainConfig) -> Path:
 
     def write(final: Path) -> None:
         copy_with(model, whole, torch.device("cpu")).save_pretrained(final)
-        tokenizer.backend.save(str(final / "tokenizer.json"))
+        tokenizer.save_pretrained(final, length)
 
     return trainer.finish(write)
