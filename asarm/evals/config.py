@@ -8,9 +8,9 @@ from typing import get_args, get_origin
 from ..command_config import WORDS, SamplingConfig
 from ..config import SamplerConfig, require
 from ..samplers import find_sampler
+from .nlp_tasks import NLP_TASKS
 from .protocols import PROTOCOLS, Protocol
 
-NLP_TASKS = ("rocstories-1of5", "rocstories-3of5", "lambada", "hellaswag", "infill-file")
 ORDERS = ("any-subset", "left-to-right")
 WITHOUT_SPLITS = ("auto", "samples", "english-valid")  # data sets that are files
 
@@ -213,9 +213,9 @@ class NlpInfillConfig(InfillEvalConfig):
             word), hellaswag (the likeliest of four endings) or infill-file (the masks of data_file).
         data_file: the task's file (default: that of ASARM_DATA_DIR; without it, for stories, those of
             eval_datasets/samples). rocstories: Story Cloze CSV, or JSON lines with "text" of five sentences. lambada:
-            JSON lines with "context" and "continuation". hellaswag: "ctx", "endings" and "label". infill-file: "text"
-            with <mask> and <mask:n>, and "reference" or, for several gaps, "references" if there are any. JSON lines
-            may be compressed (.gz, .zst), and Parquet stands for them.
+            JSON lines with "text", or "context" and "continuation". hellaswag: "ctx", "endings" and "label".
+            infill-file: "text" with <mask> and <mask:n>, and "reference" or, for several gaps, "references" if there
+            are any. JSON lines may be compressed (.gz, .zst), and Parquet stands for them.
         limit: only the first so many rows of the file (default: all).
         trials: how often each gap is filled.
         max_length: longer texts are skipped, in tokens (default: the length the model was trained on, where its folder
@@ -234,8 +234,10 @@ class NlpInfillConfig(InfillEvalConfig):
         super().__post_init__()
         require(self.task in NLP_TASKS, "task", self.task, f"one of {', '.join(NLP_TASKS)}")
         self.default_output_dir(f"runs/nlp_infill/{self.task}")
-        with_file = self.task != "infill-file" or self.data_file is not None
-        require(with_file, "data_file", self.data_file, "given with the task infill-file: JSON lines with masked texts")
+        with_file = NLP_TASKS[self.task].data_file or self.data_file
+        require(
+            bool(with_file), "data_file", self.data_file, f"given with the task {self.task}, which has none of its own"
+        )
         require(self.trials >= 1, "trials", self.trials, "at least 1")
         enough = self.max_length is None or self.max_length >= 2
         require(enough, "max_length", self.max_length, "at least 2")
