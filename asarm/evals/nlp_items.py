@@ -145,7 +145,7 @@ def split_sentences(text: str) -> list[str]:
 
 
 def passage_without_its_last_word(index: int, row: dict) -> GapItem:
-    """Of ``context`` and ``continuation``, or of LAMBADA's own ``text``, split at white space and joined with spaces."""
+    """Of ``context`` and ``continuation``, or of LAMBADA's own ``text``, whose words are joined with spaces."""
     if "text" in row and "context" not in row:
         *words, last = _text(row["text"], "text").split()
         row = {"context": " ".join(words), "continuation": last}
