@@ -16,10 +16,11 @@ from asarm.cli import main
 from asarm.data.datasets import load_text
 from asarm.data.packing import pack_all
 from asarm.embedded import ASSETS
-from asarm.errors import ConfigError, DataFileError
+from asarm.errors import ConfigError, DataFileError, TextError
 from asarm.evals import speculative
 from asarm.evals.config import SpeculativeConfig
 from asarm.evals.judge import Judge
+from asarm.evals.nlp_tasks import NLP_TASKS, resolve
 from asarm.evals.protocols import PROTOCOLS
 from asarm.evals.records import visible_of
 from asarm.evals.speculative import describer, evaluate, masked_sequences, report
@@ -279,3 +280,22 @@ def test_a_text_that_is_short_is_used_with_a_warning_and_limit_lowers_the_demand
     paper = SpeculativeConfig(**settings, protocol="paper", bonus_token=False, judge="j", num_sequences=1)
     with pytest.raises(DataFileError, match="the text makes no sequence of 16 tokens"):
         masked_sequences(paper, [numpy.arange(15)])
+
+
+def test_lambadas_own_rows_are_split_before_the_last_word():
+    """At white space, as the published code splits them; the two forms of a row are the same item."""
+    parse = resolve(NLP_TASKS["lambada"].parse)
+    own = parse(3, {"text": "Tom saw\n a  dog. He liked the dog"})
+    assert own == parse(3, {"context": "Tom saw a dog. He liked the", "continuation": "dog"})
+    assert own.pieces == ("Tom saw a dog. He liked the", "") and own.references == (" dog",)
+    for row in ({"text": "dog"}, {"text": " "}, {"text": 3}, {}):
+        with pytest.raises(DataFileError, match="must be a text that is not empty"):
+            parse(0, row)
+
+
+@pytest.mark.parametrize("task", ["rocstories-1of5", "infill-file"])
+def test_a_row_whose_reference_has_no_word_is_left_out_with_the_reason(task):
+    story = {"text": "Tom ran. He fell. ...! She saw. They left."}
+    row = story if task != "infill-file" else {"text": "Tom <mask:2> ran.", "reference": "--"}
+    with pytest.raises(TextError, match="has no word that ROUGE counts"):
+        resolve(NLP_TASKS[task].parse)(0, row)
