@@ -24,13 +24,12 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import cached_file
 
 from .embedded import resolve_model
 from .errors import CheckpointMismatchError, ConfigError, ModelNotFoundError
 from .model import AnySubsetLM
 from .orders import Order
-from .pretrained import load_whole
+from .pretrained import find_file, load_whole
 
 FOLDER = "draft_head"  # beside the trunk's own files
 SHAPE_FIELDS = ("d_model", "vocab_size", "width", "n_head", "rank", "max_missing", "max_distance")
@@ -228,15 +227,7 @@ def require_trunk(head: DraftHead, trunk: AnySubsetLM, name: str) -> None:
 
 def find_draft_head(name_or_path, trunk: AnySubsetLM, revision: str = "main") -> DraftHead | None:
     """The head that lies beside a model, or None where there is none; one for another trunk is refused."""
-    found = cached_file(
-        resolve_model(name_or_path, revision),
-        "config.json",
-        subfolder=FOLDER,
-        revision=revision,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-        _raise_exceptions_for_gated_repo=False,
-    )
+    found = find_file(name_or_path, "config.json", revision, FOLDER)
     return None if found is None else DraftHead.from_pretrained(name_or_path, trunk, revision)
 
 

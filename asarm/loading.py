@@ -10,8 +10,10 @@ from transformers.utils import logging
 from .engine import warn_if_emulated
 from .errors import CheckpointMismatchError, ModelNotFoundError, reason
 from .model import AnySubsetLM
-from .pretrained import require_model
+from .pretrained import find_file, require_model
 from .tokenizer import TextTokenizer
+
+RECIPE = "training_config.yaml"  # of a model, beside its weights
 
 
 def load(
@@ -81,14 +83,19 @@ def load_causal(kind: type, name: str, **settings):
         ) from error
 
 
+def read_recipe(name: str, revision: str = "main") -> str | None:
+    """The settings of a model's training, where they lie beside its weights (``training_config.yaml``)."""
+    found = find_file(name, RECIPE, revision)
+    return None if found is None else found.read_text(encoding="utf-8")
+
+
+def row_length(recipe: str | None) -> int | None:
+    """Tokens in a row of the training that a recipe describes (``data.max_length``); None where it does not tell."""
+    settings = yaml.safe_load(recipe or "")
+    data = settings.get("data") if isinstance(settings, dict) else None
+    return data.get("max_length") if isinstance(data, dict) else None
+
+
 def trained_length(model: AnySubsetLM) -> int | None:
-    """Tokens in a row of the model's training, where its folder tells: ``data.max_length`` of the recipe beside the
-    weights (``training_config.yaml``, as embedded checkpoints have it) or of the run that made them
-    (``../config.yaml``). None where nothing does."""
-    folder = Path(model.name_or_path)
-    for recipe in (folder / "training_config.yaml", folder.parent / "config.yaml"):
-        if folder.is_dir() and recipe.is_file():
-            settings = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-            data = settings.get("data") if isinstance(settings, dict) else None
-            return data.get("max_length") if isinstance(data, dict) else None
-    return None
+    """Tokens in a row of the training of a model that was loaded from a folder; None where nothing tells."""
+    return row_length(read_recipe(model.name_or_path)) if Path(model.name_or_path).is_dir() else None

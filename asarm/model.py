@@ -22,7 +22,7 @@ from .dropout import dropout
 from .embedded import resolve_model
 from .errors import ConfigError
 from .orders import may_attend
-from .pretrained import load_whole, model_not_found, parameters_fingerprint
+from .pretrained import load_whole, model_not_found, parameters_fingerprint, pretrained_loader
 from .row_mask import RowMask
 
 XLNET_MASK_ID = 6
@@ -188,7 +188,8 @@ class AnySubsetLM(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, name_or_path, *args, revision: str = "main", dtype=torch.float32, **kwargs):
-        """Load an embedded checkpoint (``tiny-english``), a local folder, or a Hub id at a ``revision``.
+        """Load an embedded checkpoint (``tiny-english``), a local folder (a training run's checkpoint, too) or a Hub id
+        at a ``revision``.
 
         Weights are float32 unless ``dtype`` says otherwise. Raises :class:`ModelNotFoundError` for a name that does
         not resolve and :class:`CheckpointMismatchError` where the weights are not exactly those that the
@@ -196,7 +197,7 @@ class AnySubsetLM(PreTrainedModel):
         """
         want_info = kwargs.pop("output_loading_info", False)
         model, info = load_whole(
-            partial(super().from_pretrained, resolve_model(name_or_path, revision), *args),
+            pretrained_loader(super().from_pretrained, XLNetConfig, resolve_model(name_or_path, revision), *args),
             f"checkpoint {str(name_or_path)!r}",
             partial(model_not_found, name_or_path, revision),
             revision=revision,

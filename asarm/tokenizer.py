@@ -6,11 +6,10 @@ Hugging Face's ``<mask>`` does, because a word's first token carries its leading
 XLNet's vocabulary has no line breaks and collapses spaces. A checkpoint that was trained on programs all the same
 writes them as special tokens: its whitespace map, applied to a text before it is encoded and undone in decoding.
 
-``tokenizer_config.json`` beside ``tokenizer.json`` holds that map and what stands after every document, as a model was
-trained, and what ``AutoTokenizer`` of transformers needs.
+That map, and what stands after every document, are stored with the tokenizer as a model was trained
+(:mod:`asarm.tokenizer_files`).
 """
 
-import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -20,10 +19,9 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from .embedded import resolve_model
 from .errors import ConfigError, ModelNotFoundError, TextError, UserError, reason
+from .tokenizer_files import TOKENIZER, find_tokenizer, write_settings
 
-TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 # XLNet's special tokens, at their ids 0..8.
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<cls>", "<sep>", "<pad>", "<mask>", "<eod>", "<eop>")
 GAP = re.compile(r" ?<mask(?::(\d+))?>")
@@ -109,16 +107,7 @@ class TextTokenizer:
     ) -> "TextTokenizer":
         """Load ``tokenizer.json`` of an embedded model, a local folder or a Hub id; a setting that is not given is the
         one stored beside it."""
-        path = Path(resolve_model(name_or_path, revision))
-        if path.is_dir():
-            file, stored = path / TOKENIZER, path / TOKENIZER_CONFIG
-            if not file.is_file():
-                raise ModelNotFoundError(
-                    f"{path} has no {TOKENIZER}; name a folder or Hub id that has, with --tokenizer"
-                )
-        else:
-            file, stored = _download(str(name_or_path), revision)
-        settings = _read_settings(stored) if stored and stored.is_file() else {}
+        file, settings = find_tokenizer(name_or_path, revision)
         given = {"whitespace_map": whitespace_map, "document_end": document_end}
         settings |= {key: value for key, value in given.items() if value is not None}
         try:
@@ -131,17 +120,10 @@ class TextTokenizer:
     def save_pretrained(self, folder: str | Path, max_length: int | None = None) -> None:
         """Write ``tokenizer.json`` and ``tokenizer_config.json``, for :meth:`from_pretrained` and for ``AutoTokenizer``
         of transformers. ``max_length`` is the number of tokens in a row of the model's training, where it is known."""
-        names = {f"{token.strip('</>')}_token": token for token in ("<unk>", "<cls>", "<sep>", "<pad>", "<mask>")}
-        names |= {"bos_token": "<s>", "eos_token": "</s>"}
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-        settings |= {name: t for name, t in names.items() if self.backend.token_to_id(t) is not None}
-        if max_length is not None:
-            settings["model_max_length"] = max_length
-        settings["document_end"] = "".join(map(self.backend.id_to_token, self.document_end))
-        if self.whitespace_map is not None:
-            settings["whitespace_map"] = self.whitespace_map
         self.backend.save(str(Path(folder) / TOKENIZER))
-        (Path(folder) / TOKENIZER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        end = "".join(map(self.backend.id_to_token, self.document_end))
+        known = [token for token in SPECIAL_TOKENS if self.backend.token_to_id(token) is not None]
+        write_settings(Path(folder), known, end, self.whitespace_map, max_length)
 
     def __len__(self) -> int:
         return self.backend.get_vocab_size()
@@ -275,33 +257,6 @@ def special_tokens(run: str) -> list[str]:
             f"got {run!r}"
         )
     return tokens
-
-
-def _read_settings(file: Path) -> dict[str, str]:
-    """The settings that :meth:`TextTokenizer.save_pretrained` stored; other programs' files hold none of them."""
-    try:
-        stored = json.loads(file.read_text(encoding="utf-8"))
-        return {key: value for key, value in stored.items() if key in ("whitespace_map", "document_end")}
-    except (OSError, ValueError, AttributeError) as error:
-        raise ModelNotFoundError(f"{file} cannot be read ({reason(error)})") from error
-
-
-def _download(name: str, revision: str) -> tuple[str, Path | None]:
-    """``tokenizer.json`` and, where there is one, ``tokenizer_config.json`` of a Hub id."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
-
-    try:
-        file = hf_hub_download(name, TOKENIZER, revision=revision)
-    except Exception as error:  # the hub raises its own, requests' and plain OSErrors
-        raise ModelNotFoundError(
-            f"no {TOKENIZER} for {name!r} at revision {revision!r}: give --tokenizer with a folder or a Hub id that "
-            f"has one (xlnet/xlnet-base-cased, for instance) ({reason(error)})"
-        ) from error
-    try:
-        return file, Path(hf_hub_download(name, TOKENIZER_CONFIG, revision=revision))
-    except EntryNotFoundError:  # not there, or not in the cache of a machine without a network
-        return file, None
 
 
 def train_byte_level_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:

@@ -15,6 +15,8 @@ from ..rng import generator
 from ..tokenizer import TextTokenizer
 from .sources import Document
 
+TOKENIZED_TOGETHER = 256  # documents
+
 
 def tokenize(documents: list[Document], tokenizer: TextTokenizer) -> list[np.ndarray]:
     """Each document's ids followed by those of the document end."""
@@ -22,10 +24,18 @@ def tokenize(documents: list[Document], tokenizer: TextTokenizer) -> list[np.nda
     return [np.array([*ids, *tokenizer.document_end], dtype=np.int32) for ids in encoded]
 
 
-def pack_all(documents: list[Document], tokenizer: TextTokenizer, max_length: int) -> list[np.ndarray]:
-    """Rows of ``max_length`` ids in reading order; the last one may be shorter (one of a single token is not kept:
-    nothing to predict)."""
-    stream = np.concatenate(tokenize(documents, tokenizer))
+def pack_all(
+    documents: list[Document], tokenizer: TextTokenizer, max_length: int, n_rows: int | None = None
+) -> list[np.ndarray]:
+    """Rows of ``max_length`` ids in reading order, all or the first ``n_rows``; the text's last one may be shorter (one
+    of a single token is not kept: nothing to predict)."""
+    encoded, n_tokens = [], 0
+    for start in range(0, len(documents), TOKENIZED_TOGETHER):
+        encoded.append(np.concatenate(tokenize(documents[start : start + TOKENIZED_TOGETHER], tokenizer)))
+        n_tokens += len(encoded[-1])
+        if n_rows is not None and n_tokens >= n_rows * max_length:
+            break
+    stream = np.concatenate(encoded)[: None if n_rows is None else n_rows * max_length]
     rows = [stream[i : i + max_length] for i in range(0, len(stream), max_length)]
     return [row for row in rows if len(row) > 1]
 

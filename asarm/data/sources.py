@@ -54,20 +54,20 @@ def resolve_path(name: str) -> Path:
     return found[0]
 
 
-def read_documents(name: str, wikitext: bool = False) -> list[Document]:
+def read_documents(name: str, text_column: str = "text", wikitext: bool = False) -> list[Document]:
     """All documents of a file (:func:`iterate_documents`); raises :class:`DataFileError` also where there is none."""
-    documents = list(iterate_documents(resolve_path(name), wikitext=wikitext))
+    documents = list(iterate_documents(resolve_path(name), text_column, wikitext))
     if not documents:
         raise DataFileError(f"data file {name!r} holds no text")
     return documents
 
 
-def read_rows(name: str) -> list[Document]:
+def read_rows(name: str, text_column: str = "text") -> list[Document]:
     """Every row of a file as it is, those without text too: a record, or a line of raw text (a blank one is empty), as
     data sets of raw text have it. Raises :class:`DataFileError` where none holds text."""
     path = resolve_path(name)
     if _holds_records(path):
-        rows = list(_documents(path, "text"))
+        rows = list(_documents(path, text_column))
     else:
         with _named_errors(path), _open_text(path) as file:
             rows = [Document(line if line.strip() else "") for line in file]

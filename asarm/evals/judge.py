@@ -59,21 +59,24 @@ class Judge:
         """A text's own ids, all of them."""
         return self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
-    def encode(self, text: str, name: str = "the text") -> list[int]:
-        """What is read of a text: the first id is given, the others are scored.
-
-        Raises :class:`TextError`, with the text's ``name``, where none is.
-        """
+    def encode(self, text: str) -> list[int]:
+        """What is read of a text: the first id is given, the others are scored."""
         ids = self.tokens(text)
         if self.longest is not None and len(ids) > self.longest:
             ids = self.tokens(self.tokenizer.decode(ids[: self.longest], clean_up_tokenization_spaces=False))
-        ids = [*([] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]), *ids]
-        if len(ids) < 2:
+        return [*([] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]), *ids]
+
+    def reads(self, text: str) -> bool:
+        """Whether a text has a token to score."""
+        return len(self.encode(text)) > 1
+
+    def require_tokens(self, text: str, name: str) -> None:
+        """Raise :class:`TextError`, with the text's ``name``, where no token would be scored."""
+        if not self.reads(text):
             raise TextError(
                 f"the judge {self.name} reads no token of {name}, {text[:60]!r}, which therefore has no perplexity; "
                 "leave the judge out, or let longer texts be drawn"
             )
-        return ids
 
     def entropy(self, text: str) -> float:
         """Entropy in bits of the frequencies of the text's tokens, all of them."""
@@ -84,8 +87,9 @@ class Judge:
 
         Raises :class:`TextError` for a text of which no token is scored.
         """
-        encoded = [self.encode(text, f"text {number}") for number, text in enumerate(texts, 1)]
-        todo = [w for number, ids in enumerate(encoded) for w in windows(number, ids, self.window_length)]
+        for number, text in enumerate(texts, 1):
+            self.require_tokens(text, f"text {number}")
+        todo = [w for number, text in enumerate(texts) for w in windows(number, self.encode(text), self.window_length)]
         tokens, nll = [0] * len(texts), [0.0] * len(texts)
         for start in range(0, len(todo), batch_size):
             batch = todo[start : start + batch_size]

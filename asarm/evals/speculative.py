@@ -78,7 +78,7 @@ class Comparison:
     def __init__(self, config: SpeculativeConfig):
         self.config, rules = config, config.rules
         self.text, self.documents = load_text(
-            config.dataset, config.data_file, config.dataset_config, config.split, rules.as_rows
+            config.dataset, config.data_file, config.dataset_config, config.split, as_rows=rules.as_rows
         )
         self.folder = EvalRun(config)
         self.judge = None if config.judge is None else Judge(config.judge, rules.judged_tokens)
@@ -122,7 +122,7 @@ class Comparison:
         judge, batch_size = self.judge, self.config.batch_size
         todo = [r for r in self.folder.own_records() if (r["sampler"], r["index"]) not in self.readings.records]
         for r in todo:  # a text without a token is an error now, not hours later
-            judge.encode(r["text"], f"{r['sampler']}, sequence {r['index']}")
+            judge.require_tokens(r["text"], f"{r['sampler']}, sequence {r['index']}")
         for start in tqdm(range(0, len(todo), batch_size), desc="judge", unit="batch"):
             batch = todo[start : start + batch_size]
             for record, (tokens, nll) in zip(batch, judge.score([r["text"] for r in batch], batch_size), strict=True):

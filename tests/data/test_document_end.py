@@ -8,12 +8,11 @@ from training_runs import small_run
 from transformers import AutoTokenizer
 
 from asarm import TextTokenizer
-from asarm.command_config import ScoreConfig
+from asarm.cli import main
 from asarm.data.packing import pack_all, tokenize
 from asarm.data.sources import Document
 from asarm.embedded import ASSETS
 from asarm.errors import ConfigError, ModelNotFoundError, TextError
-from asarm.evals.likelihood import held_out_likelihood
 from asarm.loading import load
 from asarm.train.model import train
 
@@ -79,17 +78,18 @@ def test_a_stored_tokenizer_is_as_it_was_and_a_setting_goes_over_it(tmp_path):
             TextTokenizer.from_pretrained(tmp_path)
 
 
-def test_a_run_is_trained_validated_and_evaluated_with_its_document_end(text_file, tmp_path):
+def test_a_run_is_trained_validated_and_evaluated_with_its_document_end(text_file, tmp_path, capsys):
     run = small_run(text_file, tmp_path / "run", steps=1, document_end=PAPER, whitespace_map="code")
     final = str(train(run))
     _, tokenizer = load(final)
     assert tokenizer.document_end == (4, 3, 2) and tokenizer.whitespace_map == "code"
     assert load(final, document_end="<eod>")[1].document_end == (7,)
-    nll = [
-        held_out_likelihood(ScoreConfig(model=final, data_file=str(text_file), max_length=16, document_end=end))
-        for end in (None, PAPER, "<eod>")
-    ]
-    assert nll[0] == nll[1] != nll[2]
+    scores = []
+    for setting in ([], ["--document_end", PAPER], ["--document_end", "<eod>"]):
+        command = ["score", "--model", final, "--data_file", str(text_file), "--max_length", "16", "--json", *setting]
+        assert main(command) == 0
+        scores.append(json.loads(capsys.readouterr().out)["likelihood"])
+    assert scores[0] == scores[1] != scores[2]
 
 
 @pytest.mark.parametrize("name", ["tiny-english", "tiny-code"])
