@@ -75,13 +75,16 @@ class Validation:
         none: an untrained model may draw such a one, which must not end the training."""
         if self.judge is None:
             return {}
-        read = [text for text in texts if self.judge.reads(text["text"])]
-        scores = self.judge.score([text["text"] for text in read], self.config.batch_size)
-        by_index = {text["index"]: math.exp(nll / n) for text, (n, nll) in zip(read, scores, strict=True)}
         for text in texts:
-            text["judge_ppl"] = by_index.get(text["index"])
-        tokens, nll = (sum(column) for column in zip(*scores, strict=True)) if scores else (0, 0.0)
-        return {"judge_ppl": math.exp(nll / tokens)} if tokens else {}
+            text["judge_ppl"] = None
+        read = [text for text in texts if self.judge.reads(text["text"])]
+        if not read:
+            return {}
+        scores = self.judge.score([text["text"] for text in read], self.config.batch_size)
+        for text, (tokens, nll) in zip(read, scores, strict=True):
+            text["judge_ppl"] = math.exp(nll / tokens)
+        tokens, nll = map(sum, zip(*scores, strict=True))
+        return {"judge_ppl": math.exp(nll / tokens)}
 
     def _generate(self, model: AnySubsetLM, rows: list[np.ndarray]) -> list[dict]:
         """The rows with most of their tokens drawn anew, in order."""

@@ -115,6 +115,19 @@ def test_validation_in_training_asks_the_judge(ignorant_folder, tmp_path):
         Validation(replace(config, judge="nowhere"), tokenizer, 16)
 
 
+def test_a_text_that_the_judge_cannot_read_does_not_end_the_training(folder, tmp_path):
+    """It has no perplexity; those of the others are as they would be without it."""
+    (tmp_path / "text.txt").write_text(TEXTS[2] * 4)
+    config = ValidationConfig(file=str(tmp_path / "text.txt"), rows=3, generations=2, judge=str(folder))
+    validation = Validation(config, load("tiny-english")[1], 16)
+    texts = [{"index": index, "text": text} for index, text in enumerate(("", TEXTS[0], TEXTS[1]))]
+    [(n, nll), (m, other)] = validation.judge.score(TEXTS[:2], 8)
+    assert validation._judge(texts) == {"judge_ppl": pytest.approx(math.exp((nll + other) / (n + m)))}
+    by_hand = [None, math.exp(nll / n), math.exp(other / m)]
+    assert [text["judge_ppl"] for text in texts] == pytest.approx(by_hand)
+    assert validation._judge([{"index": 0, "text": ""}]) == {}
+
+
 SMALL = {"dataset": "samples", "num_sequences": 4, "max_length": 24, "samplers": ["sequential", "parallel"]}
 
 
