@@ -41,7 +41,7 @@ def export(config: ExportConfig) -> Path:
     """
     folder = Path(os.path.expanduser(os.path.expandvars(config.output_dir)))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise OutputDirError(f"output_dir {str(folder)!r} is not empty; name a new folder")
+        raise OutputDirError(f"output_dir {str(folder)!r} is not an empty folder; name a new one")
     name, revision = config.model, config.revision
     tokenizer = load_tokenizer(name, revision, config.tokenizer, config.whitespace_map, config.document_end)
     model = AnySubsetLM.from_pretrained(name, revision=revision, dtype=getattr(torch, config.dtype))

@@ -114,11 +114,15 @@ def prompt_text(tokenizer: TextTokenizer, ids: list[int], visible: list[bool]) -
             return "gap"
         return "special" if ids[position] in tokenizer.special_ids else "text"
 
-    parts = []
+    parts, before = [], "special"
     for what, positions in groupby(range(len(ids)), key=kind):
         run = list(positions)
-        text = {"gap": f" <mask:{len(run)}>", "special": "\n"}
-        parts.append(text.get(what) or tokenizer.decode_gap(ids, range(run[0], run[-1] + 1)))
+        if what == "text":  # after a gap with the space that it begins with
+            decoded = tokenizer.decode_gap(ids, range(run[0], run[-1] + 1))
+            parts.append(decoded if before == "gap" else tokenizer.decode([ids[i] for i in run]))
+        else:
+            parts.append(f" <mask:{len(run)}>" if what == "gap" else "\n")
+        before = what
     return "".join(parts)
 
 

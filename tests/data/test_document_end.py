@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from conftest import TEXTS, assert_same_tokenizer
 from training_runs import small_run
 from transformers import AutoTokenizer
 
@@ -17,12 +18,6 @@ from asarm.loading import load
 from asarm.train.model import train
 
 PAPER = "<sep><cls></s>"  # XLNet's own ids of these are 4, 3 and 2
-TEXTS = [
-    "Tom lost his hat.",
-    " Two  spaces, a\ttab,\n\na newline, “quotes”, naïve café, 雪, 🐈.",
-    "def f(x):\n    return x\n",
-    "",
-]
 
 
 def test_documents_end_as_the_setting_says():
@@ -96,19 +91,3 @@ def test_a_run_is_trained_validated_and_evaluated_with_its_document_end(text_fil
 def test_embedded_tokenizers_are_what_auto_tokenizer_loads(name):
     ours = TextTokenizer.from_pretrained(name)
     assert_same_tokenizer(AutoTokenizer.from_pretrained(ASSETS / name), ours)
-
-
-def assert_same_tokenizer(theirs, ours: TextTokenizer) -> None:
-    """``theirs`` is that of transformers."""
-    for text in TEXTS:
-        ids = theirs.encode(text, add_special_tokens=False)
-        assert ids == ours.encode(text)
-        assert theirs.decode(ids) == ours.decode(ids) == text
-    assert (theirs.mask_token, theirs.mask_token_id) == ("<mask>", ours.mask_id)
-    assert theirs.convert_tokens_to_ids(["<s>", "</s>"]) == [theirs.bos_token_id, theirs.eos_token_id] == [1, 2]
-    assert [theirs.unk_token, theirs.sep_token, theirs.cls_token, theirs.pad_token] == [
-        "<unk>",
-        "<sep>",
-        "<cls>",
-        "<pad>",
-    ]
