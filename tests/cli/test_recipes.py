@@ -7,7 +7,6 @@ that the command runs in, where a name that is a folder is read from it.
 import csv
 import gzip
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,6 @@ import yaml
 from datasets import Dataset
 
 from asarm.cli import main
-from asarm.embedded import ASSETS
 from asarm.errors import SandboxError
 from asarm.evals import speculative
 from asarm.evals.sandbox import Sandbox
@@ -71,18 +69,27 @@ def write_data(folder: Path) -> None:
         csv.writer(out).writerows([header, *([number, *STORY, "He slept.", 1] for number in "abc")])
 
 
+def stand_in(recipe: dict, any_subset: str, causal: str) -> None:
+    """Make a folder here of every model and data set that the recipe would fetch."""
+    models = dict.fromkeys([recipe.get("model"), recipe.get("tokenizer"), *recipe.get("baselines", [])], any_subset)
+    models[recipe.get("judge")] = models[recipe.get("validation", {}).get("judge")] = causal
+    for name, target in models.items():
+        if name and "/" in name:
+            Path(name).parent.mkdir(parents=True, exist_ok=True)
+            Path(name).symlink_to(target)
+    for section in (recipe, recipe.get("data", {}), recipe.get("validation", {})):
+        if "/" in section.get("dataset", ""):
+            folder = Path(section["dataset"], section.get("data_dir", ""))
+            folder.mkdir(parents=True)
+            rows = Dataset.from_dict({section.get("text_column", "text"): [" ".join(STORY) * 3] * 30})
+            rows.to_parquet(str(folder / f"{section.get('split', 'train')}-00000-of-00001.parquet"))
+
+
 @pytest.fixture
-def place(tmp_path, monkeypatch, small, small_gpt2) -> Path:
-    """A folder in which the names of the recipes are folders."""
-    models = {"therealgabeguo/ASARM": small, "xlnet/xlnet-base-cased": small, "openai-community/gpt2-large": small_gpt2}
-    folders = models | {"runs/tokenizer_code": ASSETS / "tiny-code", "eval_datasets": ROOT / "eval_datasets"}
-    for name, target in folders.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).symlink_to(target)
-    for name, column in (("Skylion007/openwebtext", "text"), ("bigcode/starcoderdata/python", "content")):
-        (tmp_path / name).mkdir(parents=True)
-        text = {column: [" ".join(STORY) * 3] * 30}
-        Dataset.from_dict(text).to_parquet(str(tmp_path / name / "train-00000-of-00001.parquet"))
+def place(tmp_path, monkeypatch) -> Path:
+    """A folder to run in, with data."""
+    for name in ("configs", "eval_datasets"):
+        (tmp_path / name).symlink_to(ROOT / name)
     write_data(tmp_path / "data")
     monkeypatch.setenv("ASARM_DATA_DIR", str(tmp_path / "data"))
     monkeypatch.chdir(tmp_path)
@@ -158,7 +165,7 @@ def promised(command: list[str], recipe: dict, out: Path) -> None:
     "path",
     [pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * draws_figures(path)) for path in RECIPES],
 )
-def test_a_recipe_runs(path, place, capsys, monkeypatch):
+def test_a_recipe_runs(path, place, small, small_gpt2, capsys, monkeypatch):
     command, recipe = command_of(path), yaml.safe_load(path.read_text())
     if "grid" in recipe:  # its own figure is drawn; those of every cell take ten times as long
         monkeypatch.setattr(speculative, "draw_plots", lambda *_: None)
@@ -167,7 +174,7 @@ def test_a_recipe_runs(path, place, capsys, monkeypatch):
             Sandbox()
         except SandboxError as error:
             pytest.skip(str(error))
-    os.symlink(ROOT / "configs", "configs")
+    stand_in(recipe, small, small_gpt2)
     words = [f"--{key}={value}" for key, value in toy(command, recipe).items()]
     assert main([*command, *words]) == 0, capsys.readouterr().err
     promised(command, recipe, place / recipe["output_dir"])
