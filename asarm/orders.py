@@ -9,6 +9,7 @@ Each row has a *limit*: it sees every token whose rank is below its limit. This 
 mask of the program (:func:`may_attend`).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -92,14 +93,16 @@ def _lengths(length_B: torch.Tensor | None, B: int, N: int, device: torch.device
     return length_B.to(device)
 
 
-def random_visible(length: int, visible_fraction: float, generator: np.random.Generator) -> torch.Tensor:
-    """A random subset of ``round(visible_fraction * length)`` given positions, as a bool tensor [length].
+def random_visible(
+    length: int, visible_fraction: float, generator: np.random.Generator, rounded: Callable[[float], int] = round
+) -> torch.Tensor:
+    """A random subset of ``rounded(visible_fraction * length)`` given positions, as a bool tensor [length].
 
     At least one position is left to predict.
     """
     if not 0 <= visible_fraction < 1:
         raise ConfigError(f"visible_fraction must be in [0, 1), got {visible_fraction}")
-    n_visible = min(round(visible_fraction * length), length - 1)
+    n_visible = min(rounded(visible_fraction * length), length - 1)
     visible_N = torch.zeros(length, dtype=torch.bool)
     visible_N[torch.from_numpy(generator.permutation(length)[:n_visible])] = True
     return visible_N

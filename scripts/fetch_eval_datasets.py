@@ -16,6 +16,7 @@ import sys
 import urllib.request
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from uuid import uuid4
 
@@ -117,10 +118,10 @@ def convert_hellaswag(data: bytes) -> bytes:
     return json_lines(rows)
 
 
-def convert_wikitext(data: bytes) -> bytes:
-    """The validation text out of the archive."""
+def convert_wikitext(data: bytes, split: str = "valid") -> bytes:
+    """One split's text out of the archive."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        return archive.read("wikitext-2-raw/wiki.valid.raw")
+        return archive.read(f"wikitext-2-raw/wiki.{split}.raw")
 
 
 def json_lines(rows: list[dict], **options) -> bytes:
@@ -131,6 +132,7 @@ CONVERTERS: dict[str, Callable[[bytes], bytes]] = {
     "lambada": convert_lambada,
     "hellaswag": convert_hellaswag,
     "wikitext": convert_wikitext,
+    "wikitext-test": partial(convert_wikitext, split="test"),
 }
 
 if __name__ == "__main__":

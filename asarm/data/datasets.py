@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import DataFileError, UserError, reason
-from .sources import Document, read_documents, split_raw, to_document
+from .sources import Document, read_documents, read_rows, split_raw, to_document
 
 if TYPE_CHECKING:  # the library takes a second to import, and most text is local
     from datasets import IterableDataset
 
 SAMPLES = Path(__file__).parents[2] / "eval_datasets" / "samples"
 ENGLISH_VALID = "train/english-valid.jsonl.gz"
-WIKITEXT_VALID = "eval/wikitext-2-raw/wiki.valid.raw"
+WIKITEXT = "eval/wikitext-2-raw/wiki.{}.raw"
+WIKITEXT_SPLITS = {"train": "train", "validation": "valid", "test": "test"}  # in a local file's name
 WIKITEXT_HUB = ("Salesforce/wikitext", "wikitext-2-raw-v1")
 MAX_ROWS = 10_000  # of a Hub data set; an evaluation reads no more
 
@@ -27,38 +28,60 @@ def load_text(
     dataset_config: str | None = None,
     split: str = "validation",
     text_column: str = "text",
+    as_rows: bool = False,
 ) -> tuple[str, list[Document]]:
     """Documents, and a line that says where they come from. ``data_file`` goes before ``dataset``; ``text_column`` is
-    that of the file's records or of a Hub data set's."""
+    that of the file's records or of a Hub data set's.
+
+    WikiText's lines are put together to its articles, and what holds no text is left out; with ``as_rows`` every row of
+    the data set (every record of a file, every line of raw text) is a document as it is.
+    """
     local = os.environ.get("ASARM_DATA_DIR")
     if data_file is not None:
-        return data_file, read_documents(data_file, text_column, wikitext=dataset == "wikitext")
+        return data_file, _read(data_file, text_column, as_rows, dataset == "wikitext")
     if dataset == "auto":
         dataset = "english-valid" if local and (Path(local) / ENGLISH_VALID).is_file() else "samples"
     if dataset == "samples":
         files = [str(SAMPLES / "stories.jsonl"), str(SAMPLES / "passages.jsonl")]
-        return "eval_datasets/samples", [d for name in files for d in read_documents(name)]
+        return "eval_datasets/samples", [d for name in files for d in _read(name, text_column, as_rows)]
     if dataset == "english-valid":
         name = f"$ASARM_DATA_DIR/{ENGLISH_VALID}"
-        return name, read_documents(name)
+        return name, _read(name, text_column, as_rows)
     if dataset == "wikitext":
-        if local and (Path(local) / WIKITEXT_VALID).is_file():
-            return f"$ASARM_DATA_DIR/{WIKITEXT_VALID}", read_documents(str(Path(local) / WIKITEXT_VALID), wikitext=True)
-        dataset, dataset_config = WIKITEXT_HUB
-    return f"{dataset} ({split})", _from_hub(dataset, dataset_config, split, text_column)
+        return _load_wikitext(split, as_rows)
+    return f"{dataset} ({split})", _from_hub(dataset, dataset_config, split, text_column, as_rows)
 
 
-def _from_hub(name: str, config: str | None, split: str, text_column: str) -> list[Document]:
+def _read(name: str, text_column: str, as_rows: bool, wikitext: bool = False) -> list[Document]:
+    return read_rows(name, text_column) if as_rows else read_documents(name, text_column, wikitext)
+
+
+def _load_wikitext(split: str, as_rows: bool) -> tuple[str, list[Document]]:
+    """The split that is asked for, of ASARM_DATA_DIR or else of the Hub."""
+    if split not in WIKITEXT_SPLITS:
+        raise DataFileError(f"WikiText has no split {split!r}; it has {', '.join(WIKITEXT_SPLITS)}")
+    file, local = WIKITEXT.format(WIKITEXT_SPLITS[split]), os.environ.get("ASARM_DATA_DIR")
+    if local and (Path(local) / file).is_file():
+        return f"$ASARM_DATA_DIR/{file}", _read(str(Path(local) / file), "text", as_rows, wikitext=True)
+    try:
+        return f"{WIKITEXT_HUB[0]} ({split})", _from_hub(*WIKITEXT_HUB, split, "text", as_rows)
+    except DataFileError as error:
+        raise DataFileError(
+            f"no WikiText, split {split!r}: there is no $ASARM_DATA_DIR/{file} (python scripts/fetch_eval_datasets.py "
+            f"fetches it), and {error}"
+        ) from error
+
+
+def _from_hub(name: str, config: str | None, split: str, text_column: str, as_rows: bool) -> list[Document]:
     rows = open_hub(name, config, split, text_column=text_column)
     with explained(name, config, split):
         documents = [to_document(row, text_column, f"data set {name!r}") for row in rows.take(MAX_ROWS)]
-    if name == WIKITEXT_HUB[0]:  # one line a row: put the articles together again
+    if name == WIKITEXT_HUB[0] and not as_rows:  # one line a row: put the articles together again
         lines = (d.text if d.text.endswith("\n") else d.text + "\n" for d in documents)
         documents = list(split_raw(lines, wikitext=True))
-    documents = [d for d in documents if d.text.strip()]
-    if not documents:
+    if not any(d.text.strip() for d in documents):
         raise DataFileError(f"data set {name!r}, split {split!r}, holds no text")
-    return documents
+    return documents if as_rows else [d for d in documents if d.text.strip()]
 
 
 def open_hub(

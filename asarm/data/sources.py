@@ -62,6 +62,20 @@ def read_documents(name: str, text_column: str = "text", wikitext: bool = False)
     return documents
 
 
+def read_rows(name: str, text_column: str = "text") -> list[Document]:
+    """Every row of a file as it is, those without text too: a record, or a line of raw text (a blank one is empty), as
+    data sets of raw text have it. Raises :class:`DataFileError` where none holds text."""
+    path = resolve_path(name)
+    if _holds_records(path):
+        rows = list(_documents(path, text_column))
+    else:
+        with _named_errors(path), _open_text(path) as file:
+            rows = [Document(line if line.strip() else "") for line in file]
+    if not any(row.text.strip() for row in rows):
+        raise DataFileError(f"data file {name!r} holds no text")
+    return rows
+
+
 def iterate_documents(
     path: Path, text_column: str = "text", wikitext: bool = False, piece: int | None = None
 ) -> Iterator[Document]:

@@ -32,10 +32,11 @@ from .stats import mean_and_se, table, with_interval, with_se
 GUESSERS = {"guess: empty line": empty_line, "guess: line above": line_above}
 COST = {
     "gap_tokens": lambda r: r["masked"],
-    "nfe_per_token": lambda r: r["nfe"] / max(r["masked"], 1),
-    "log_prob_per_token": lambda r: r["log_prob"] / max(r["masked"], 1),
+    "nfe_per_token": lambda r: r["nfe"] / r["masked"],
+    "log_prob_per_token": lambda r: r["log_prob"] / r["masked"],
     "seconds_per_sequence": lambda r: r["seconds"],
 }
+PER_TOKEN = {"nfe_per_token", "log_prob_per_token"}  # a gap without a token, as some spans are, has none
 LIKENESS = {key: (lambda r, key=key: r[key]) for key in ("exact_match", "edit_similarity")}
 HEADINGS = {
     "exact_match": "exact match (%)",
@@ -151,8 +152,10 @@ def costs_and_likeness(records: list[dict]) -> dict:
     for key, measure in (LIKENESS | COST if "nfe" in records[0] else LIKENESS).items():
         by_problem = defaultdict(list)
         for record in records:
-            by_problem[record["name"]].append(measure(record))
-        row[key], row[f"{key}_se"] = mean_and_se([math.fsum(v) / len(v) for v in by_problem.values()])
+            if key not in PER_TOKEN or record["masked"]:
+                by_problem[record["name"]].append(measure(record))
+        if by_problem:
+            row[key], row[f"{key}_se"] = mean_and_se([math.fsum(v) / len(v) for v in by_problem.values()])
     return row | {"altered": len({record["name"] for record in records if record.get("altered")})}
 
 

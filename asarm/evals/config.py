@@ -9,8 +9,10 @@ from ..command_config import WORDS, SamplingConfig
 from ..config import SamplerConfig, require
 from ..samplers import find_sampler
 from .nlp_tasks import NLP_TASKS
+from .protocols import PROTOCOLS, Protocol
 
 ORDERS = ("any-subset", "left-to-right")
+WITHOUT_SPLITS = ("auto", "samples", "english-valid")  # data sets that are files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,12 +72,14 @@ class SpeculativeConfig(DecodingConfig):
 
     Args:
         samplers: as above (default: all that the model has).
+        protocol: default, or paper: text, masks, texts for the judge, entropy and tests as in the code of Guo & Ermon
+            (docs/paper.md; needs a judge and bonus_token false).
         dataset: auto (english-valid where ASARM_DATA_DIR is set, else samples), samples, english-valid, wikitext, or
             a Hub data set id or folder.
         dataset_config: configuration name of a Hub data set.
-        split: of a Hub data set.
+        split: of wikitext (train, validation, test) or a Hub data set (default: validation; test with protocol paper).
         data_file: raw text or JSON lines instead; with dataset wikitext split at its headings.
-        num_sequences: packed sequences to mask.
+        num_sequences: packed sequences to mask; if the text makes fewer, those, with a warning.
         max_length: tokens in a sequence.
         visible_fraction: share of the tokens that is given.
         order: any-subset (a random subset is given, the rest drawn in ascending position) or left-to-right (the
@@ -91,9 +95,10 @@ class SpeculativeConfig(DecodingConfig):
 
     output_dir: str = "runs/speculative"
     samplers: list[str] = field(default_factory=list, metadata=WORDS)
+    protocol: str = "default"
     dataset: str = "auto"
     dataset_config: str | None = None
-    split: str = "validation"
+    split: str | None = None
     data_file: str | None = None
     num_sequences: int = 64
     max_length: int = 128
@@ -113,11 +118,47 @@ class SpeculativeConfig(DecodingConfig):
         require(self.order in ORDERS, "order", self.order, f"one of {', '.join(ORDERS)}")
         require(self.limit is None or self.limit >= 1, "limit", self.limit, "at least 1")
         require(self.margin > 0, "margin", self.margin, "above 0")
+        require(self.protocol in PROTOCOLS, "protocol", self.protocol, f"one of {', '.join(PROTOCOLS)}")
+        self._settle_split()
+        self._follow_protocol()
         self.cells()
+
+    @property
+    def rules(self) -> Protocol:
+        """The protocol's record."""
+        return PROTOCOLS[self.protocol]
+
+    @property
+    def wanted(self) -> int:
+        """How many sequences are asked for."""
+        return min(self.num_sequences, self.limit or self.num_sequences)
+
+    def _settle_split(self) -> None:
+        has_splits = self.data_file is None and self.dataset not in WITHOUT_SPLITS
+        if self.split is None:
+            object.__setattr__(self, "split", self.rules.split if has_splits else "validation")
+        what = f"dataset {self.dataset}" if self.data_file is None else "a data_file"
+        rule = f"left out with {what}, which has no splits"
+        require(has_splits or self.split == "validation", "split", self.split, rule)
+
+    def _follow_protocol(self) -> None:
+        """Settings that the protocol decides: filled in, or checked."""
+        with_protocol, end = f"with protocol {self.protocol}", self.rules.document_end
+        if self.document_end is None:
+            object.__setattr__(self, "document_end", end)
+        right = end is None or self.document_end == end
+        require(right, "document_end", self.document_end, f"{end} {with_protocol}")
+        right = self.rules.bonus_token or not self.bonus_token
+        require(right, "bonus_token", self.bonus_token, f"false {with_protocol}, which draws none: --bonus_token false")
+        rule = (
+            f"given {with_protocol}, whose perplexity and entropy are a judge's: --judge openai-community/gpt2-large, "
+            "or a folder with that model"
+        )
+        require(self.judge is not None or not self.rules.entropy_by_judge, "judge", self.judge, rule)
 
     def cells(self) -> list["SpeculativeConfig"]:
         """The runs that ``grid`` stands for, each with its own folder."""
-        known = {f.name for f in fields(self)} - {"grid", "replot", "output_dir", "json", "shard"}
+        known = {f.name for f in fields(self)} - {"grid", "replot", "output_dir", "json", "shard", "protocol"}
         for key, values in self.grid.items():
             require(key in known, "grid", key, "made of settings of this evaluation")
             kind = next(f.type for f in fields(self) if f.name == key)
@@ -172,9 +213,9 @@ class NlpInfillConfig(InfillEvalConfig):
             word), hellaswag (the likeliest of four endings) or infill-file (the masks of data_file).
         data_file: the task's file (default: that of ASARM_DATA_DIR; without it, for stories, those of
             eval_datasets/samples). rocstories: Story Cloze CSV, or JSON lines with "text" of five sentences. lambada:
-            JSON lines with "context" and "continuation". hellaswag: "ctx", "endings" and "label". infill-file: "text"
-            with <mask> and <mask:n>, and "reference" or, for several gaps, "references" if there are any. JSON lines
-            may be compressed (.gz, .zst), and Parquet stands for them.
+            JSON lines with "text", or "context" and "continuation". hellaswag: "ctx", "endings" and "label".
+            infill-file: "text" with <mask> and <mask:n>, and "reference" or, for several gaps, "references" if there
+            are any. JSON lines may be compressed (.gz, .zst), and Parquet stands for them.
         limit: only the first so many rows of the file (default: all).
         trials: how often each gap is filled.
         max_length: longer texts are skipped, in tokens (default: the length the model was trained on, where its folder

@@ -1,17 +1,19 @@
 """Ablations: one comparison of samplers a cell of a grid of settings, and what they show side by side.
 
-Every process of a Slurm array, or of ``accelerate launch``, does its share of the sequences of every cell; the last
-one finds all cells finished and writes the table and the figure.
+All cells are checked before the first one runs. Every process of a Slurm array, or of ``accelerate launch``, does its
+share of the sequences of every cell; the last one finds all cells finished and writes the table and the figure.
 """
 
 import json
 from dataclasses import asdict
+from functools import lru_cache
 
+from ..loading import load
 from ..runlog import prepare_output_dir, provenance, write_json
 from .config import SpeculativeConfig
 from .plots import grid_figure
 from .records import check_same
-from .speculative import evaluate
+from .speculative import Comparison
 from .stats import aligned, with_interval
 
 COLUMNS = {
@@ -25,7 +27,11 @@ COLUMNS = {
 def evaluate_grid(config: SpeculativeConfig) -> dict:
     """Run, or go on with, every cell; returns what ``grid.json`` holds if all are complete."""
     folder, cells = prepare_output_dir(config.output_dir), config.cells()
-    summaries = [finished(cell) or evaluate(cell) for cell in cells]
+    load_once = lru_cache(maxsize=1)(load)  # for as many cells on end as have the same model
+    for cell in cells:  # the last one's mistake must not show when the others are done
+        if finished(cell) is None:
+            Comparison(cell).check(load_once)
+    summaries = [finished(cell) or Comparison(cell).run(load_once) for cell in cells]
     # another process may have finished a cell since this one left it
     summaries = [finished(cell) or summary for cell, summary in zip(cells, summaries, strict=True)]
     counts = {key: sum(summary[key] for summary in summaries) for key in ("recorded", "expected")}
@@ -50,7 +56,7 @@ def finished(cell: SpeculativeConfig) -> dict | None:
     if not path.exists():
         return None
     summary = json.loads(path.read_text(encoding="utf-8"))
-    check_same(folder, summary["config"], asdict(cell))
+    check_same(folder, asdict(type(cell)()) | summary["config"], asdict(cell))
     return summary if summary["config"]["judge"] == cell.judge else None
 
 

@@ -2,6 +2,7 @@
 
 Every token of a text is scored exactly once, the first after the judge's begin-of-text token where it has one. A text
 longer than the judge's window is read in windows that overlap by half, each scoring only what the one before did not.
+A text of which no token is scored has no perplexity: an error.
 """
 
 from collections.abc import Iterator
@@ -12,7 +13,9 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from ..errors import TextError
 from ..loading import load_causal, this_device
+from .metrics import token_entropy
 
 
 @dataclass(frozen=True)
@@ -37,26 +40,55 @@ def windows(text: int, ids: list[int], length: int) -> Iterator[Window]:
 class Judge:
     """A causal language model by name: a folder, or a Hub id, with ``@revision`` or without.
 
-    A name that leads nowhere is an error at once; the weights are loaded when the first text is scored.
+    A name that leads nowhere is an error at once; the weights are loaded when the first text is scored. With
+    ``longest`` a text is cut after so many of the judge's tokens, decoded, and encoded again (the cut may part a word).
     """
 
-    def __init__(self, name: str):
-        self.name = name
+    def __init__(self, name: str, longest: int | None = None):
+        self.name, self.longest = name, longest
         self.tokenizer = load_causal(AutoTokenizer, name)
         config = load_causal(AutoConfig, name)
-        longest = self.tokenizer.model_max_length
-        self.window_length = min(longest, getattr(config, "max_position_embeddings", longest))
+        known = self.tokenizer.model_max_length
+        self.window_length = min(known, getattr(config, "max_position_embeddings", known))
 
     @cached_property
     def model(self) -> torch.nn.Module:
         return load_causal(AutoModelForCausalLM, self.name, dtype=torch.float32).to(this_device()).eval()
 
+    def tokens(self, text: str) -> list[int]:
+        """A text's own ids, all of them."""
+        return self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+
     def encode(self, text: str) -> list[int]:
-        start = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
-        return start + self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        """What is read of a text: the first id is given, the others are scored."""
+        ids = self.tokens(text)
+        if self.longest is not None and len(ids) > self.longest:
+            ids = self.tokens(self.tokenizer.decode(ids[: self.longest], clean_up_tokenization_spaces=False))
+        return [*([] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]), *ids]
+
+    def reads(self, text: str) -> bool:
+        """Whether a text has a token to score."""
+        return len(self.encode(text)) > 1
+
+    def require_tokens(self, text: str, name: str) -> None:
+        """Raise :class:`TextError`, with the text's ``name``, where no token would be scored."""
+        if not self.reads(text):
+            raise TextError(
+                f"the judge {self.name} reads no token of {name}, {text[:60]!r}, which therefore has no perplexity; "
+                "leave the judge out, or let longer texts be drawn"
+            )
+
+    def entropy(self, text: str) -> float:
+        """Entropy in bits of the frequencies of the text's tokens, all of them."""
+        return token_entropy(self.tokens(text))
 
     def score(self, texts: list[str], batch_size: int) -> list[tuple[int, float]]:
-        """For each text the number of scored tokens and their summed negative log-likelihood (nats)."""
+        """For each text the number of scored tokens and their summed negative log-likelihood (nats).
+
+        Raises :class:`TextError` for a text of which no token is scored.
+        """
+        for number, text in enumerate(texts, 1):
+            self.require_tokens(text, f"text {number}")
         todo = [w for number, text in enumerate(texts) for w in windows(number, self.encode(text), self.window_length)]
         tokens, nll = [0] * len(texts), [0.0] * len(texts)
         for start in range(0, len(todo), batch_size):

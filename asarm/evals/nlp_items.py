@@ -16,6 +16,7 @@ from ..data.datasets import SAMPLES
 from ..data.sources import iterate_records, resolve_path, to_object
 from ..errors import DataFileError, TextError, UserError
 from ..tokenizer import split_at_gaps
+from .metrics import require_words
 from .nlp_tasks import NlpTask, resolve
 
 SENTENCES = [f"InputSentence{i}" for i in range(1, 5)]
@@ -114,7 +115,9 @@ def story_without_its_middle(index: int, row: dict) -> GapItem:
 def _story(index: int, row: dict, hidden: slice) -> GapItem:
     name, sentences = _cloze_story(row) if "InputStoryid" in row else _plain_story(index, row)
     pieces = (" ".join(sentences[: hidden.start]), " " + " ".join(sentences[hidden.stop :]))
-    return GapItem(index, name, pieces, (" " + " ".join(sentences[hidden]),))
+    reference = " " + " ".join(sentences[hidden])
+    require_words(reference)
+    return GapItem(index, name, pieces, (reference,))
 
 
 def _cloze_story(row: dict) -> tuple[str, list[str]]:
@@ -142,6 +145,10 @@ def split_sentences(text: str) -> list[str]:
 
 
 def passage_without_its_last_word(index: int, row: dict) -> GapItem:
+    """Of ``context`` and ``continuation``, or of LAMBADA's own ``text``, whose words are joined with spaces."""
+    if "text" in row and "context" not in row:
+        *words, last = _text(row["text"], "text").split()
+        row = {"context": " ".join(words), "continuation": last}
     word = " " + _text(row.get("continuation"), "continuation").strip()
     return GapItem(index, str(index), (_text(row.get("context"), "context").rstrip(), ""), (word,))
 
@@ -166,6 +173,8 @@ def masked_text(index: int, row: dict) -> GapItem:
     references = tuple(
         space + _text(r, "a reference").lstrip(" ") for space, r in zip(spaces, references, strict=False)
     )
+    if references:
+        require_words("".join(references))
     lengths = tuple(length or (None if references else 1) for length in lengths)
     return GapItem(index, str(row.get("id", index)), tuple(pieces), references, lengths)
 

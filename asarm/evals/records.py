@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from itertools import groupby
 from pathlib import Path
 
 import yaml
@@ -20,17 +21,38 @@ def fingerprint(value: object) -> str:
     return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
 
 
+def prompt_spans(visible: list[bool]) -> dict[str, list[list[int]]]:
+    """Which positions are given, as a record has it: spans [start, stop) of the ``given`` positions, or of the
+    ``masked`` ones where those are fewer."""
+    spans: dict[bool, list[list[int]]] = {True: [], False: []}
+    end = 0
+    for given, run in groupby(visible):
+        start, end = end, end + len(list(run))
+        spans[given].append([start, end])
+    return {"given": spans[True]} if len(spans[True]) <= len(spans[False]) else {"masked": spans[False]}
+
+
+def visible_of(record: dict) -> list[bool]:
+    """Which of a record's ``ids`` were given; the others were drawn."""
+    ((kind, spans),) = record["prompt"].items()
+    visible = [kind == "masked"] * len(record["ids"])
+    for start, stop in spans:
+        visible[start:stop] = [kind == "given"] * (stop - start)
+    return visible
+
+
 class RecordLog:
     """The records of one run, keyed by (sampler, index): ``records.jsonl``, and ``records-IofN.jsonl`` of each shard
     while several processes are at work. A later phase has files of its own (``stem``) with the same keys.
 
     A folder is a run's from the first record on, so that a start that failed leaves it to the next. Its ``config.yaml``
     then holds the settings, and its folder ``identity`` what they only name (text, weights: :meth:`identify`); whoever
-    comes with others is refused. A torn last line, as a kill leaves it, is cut off.
+    comes with others is refused; a setting that the folder does not know, because it is newer, had its default there. A
+    torn last line, as a kill leaves it, is cut off.
     """
 
-    def __init__(self, folder: Path, config: dict, shard: Shard, stem: str = "records"):
-        self.folder, self.config, self.stem = folder, config, stem
+    def __init__(self, folder: Path, config: dict, shard: Shard, stem: str = "records", defaults: dict | None = None):
+        self.folder, self.config, self.stem, self.defaults = folder, config, stem, defaults or {}
         self.path = folder / f"{stem}{shard.suffix}.jsonl"
         self.identities: dict[str, dict] = {}
         self.noted = False  # whether the folder says what this process knows of the run
@@ -43,7 +65,8 @@ class RecordLog:
         """Raise :class:`OutputDirError` if the folder is another run's."""
         path = self.folder / "config.yaml"
         if path.exists():
-            check_same(self.folder, yaml.safe_load(path.read_text(encoding="utf-8")), self.config)
+            there = yaml.safe_load(path.read_text(encoding="utf-8"))
+            check_same(self.folder, self.defaults | there, self.config)
             for name in self.identities:
                 self._check_identity(name)
 

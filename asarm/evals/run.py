@@ -17,14 +17,15 @@ from ..loading import load, name_and_revision
 from ..model import AnySubsetLM
 from ..runlog import prepare_output_dir, provenance, write_json
 from ..samplers import SAMPLERS, form_of
-from ..sampling.decoding import drafter_for
+from ..sampling.decoding import drafter_for, require_memory_for_decoding
 from ..tokenizer import TextTokenizer
 from .config import DecodingConfig
 from .decode import decode
-from .records import RecordLog, by_system, fingerprint
+from .records import RecordLog, by_system, fingerprint, prompt_spans
 from .shards import Shard
 
 Item = TypeVar("Item")
+Loader = Callable[..., tuple[AnySubsetLM, TextTokenizer]]  # called as :func:`~asarm.loading.load` is
 
 
 @dataclass(frozen=True)
@@ -50,13 +51,14 @@ class EvalRun:
         self.config = config
         self.folder = prepare_output_dir(config.output_dir)
         self.shard = Shard.of(config.shard)
-        self.log = RecordLog(self.folder, asdict(config), self.shard)
+        self.defaults = asdict(type(config)())
+        self.log = RecordLog(self.folder, asdict(config), self.shard, defaults=self.defaults)
         self.phases = [self.log]
         self.provenance = provenance()
         self.expected: dict[str, list[int]] = {}  # indices by system, of all shards
 
-    def models(self) -> Iterator[EvaluatedModel]:
-        """The run's model, then each baseline, loaded one at a time.
+    def models(self, loader: Loader | None = None) -> Iterator[EvaluatedModel]:
+        """The run's model, then each baseline, loaded (by ``loader``, if it is given) one at a time.
 
         A baseline uses the tokenizer that the run names, or its own, and those of the run's samplers that it has a
         draft head for.
@@ -66,7 +68,7 @@ class EvalRun:
         for baseline in config.baselines:
             models.append((f"{baseline} ", *name_and_revision(baseline)))
         for prefix, name, revision in models:
-            model, tokenizer = load(name, revision, dtype=config.dtype, **config.tokenizer_settings)
+            model, tokenizer = (loader or load)(name, revision, dtype=config.dtype, **config.tokenizer_settings)
             self.log.identify(f"{prefix}model", {"weights": model.fingerprint()})
             has = all_samplers(model)
             names = has if not config.samplers else config.samplers
@@ -84,27 +86,36 @@ class EvalRun:
     def add(self, system: str, index: int, measures: dict) -> None:
         self.log.add({"sampler": system, "index": index, **measures})
 
+    def ready(self, evaluated: EvaluatedModel, tasks: list[InfillTask]) -> dict[str, list[InfillTask]]:
+        """For each of the model's samplers, what is left to do; raises for a folder that holds other tasks, a missing
+        draft head and too little memory, before anything is drawn."""
+        batch_size, length = min(self.config.batch_size, len(tasks)), max(len(task.ids) for task in tasks)
+        n_visible = max(sum(task.visible) for task in tasks)
+        for sampler in evaluated.samplers.values():
+            drafter_for(evaluated.model, sampler)
+            require_memory_for_decoding(evaluated.model, sampler, batch_size, length, n_visible)
+        return {name: self.todo(evaluated.prefix + name, tasks) for name in evaluated.samplers}
+
     def decode(
         self, evaluated: EvaluatedModel, tasks: list[InfillTask], describe: Callable[[InfillTask, list[int]], dict]
     ) -> None:
-        """Decode what is left to do with each of the model's samplers, and record it with what ``describe`` says of its
-        ids."""
-        for sampler in evaluated.samplers.values():
-            drafter_for(evaluated.model, sampler)  # a missing draft head is an error now, not when others are done
-        todo = {name: self.todo(evaluated.prefix + name, tasks) for name in evaluated.samplers}
+        """Decode what is left to do with each of the model's samplers, and record it: costs, which positions were given
+        (``prompt``), all ``ids``, and what ``describe`` says of them."""
+        todo = self.ready(evaluated, tasks)
         bar = tqdm(total=len(self.shard.take(tasks)) * len(todo), unit="seq", desc=f"{evaluated.prefix}decode")
         bar.update(bar.total - sum(map(len, todo.values())))
         for name, left in todo.items():
             bar.set_postfix_str(name)
             sampler, seed, batch_size = evaluated.samplers[name], self.config.seed, self.config.batch_size
             for task, ids, measures in decode(evaluated.model, left, sampler, seed, batch_size):
-                self.add(evaluated.prefix + name, task.index, {**measures, **describe(task, ids)})
+                sequence = {"prompt": prompt_spans(task.visible), "ids": ids}
+                self.add(evaluated.prefix + name, task.index, {**measures, **sequence, **describe(task, ids)})
                 bar.update()
         bar.close()
 
     def second_phase(self, stem: str, identity: dict) -> RecordLog:
         """Records of a phase that works on the first's, a line for each of them, in ``STEM.jsonl``."""
-        log = RecordLog(self.folder, asdict(self.config), self.shard, stem)
+        log = RecordLog(self.folder, asdict(self.config), self.shard, stem, self.defaults)
         log.identify(stem, identity)
         self.phases.append(log)
         return log

@@ -14,6 +14,7 @@ from scipy import stats
 ALPHA = 0.05  # chance of any false claim in a family of tests
 POWER = 0.8  # that "detectable" and "sequences needed" refer to
 RESAMPLES = 2000
+FOUR_TESTS = ("t_unpaired", "t_paired", "wilcoxon", "mann_whitney")
 
 
 def mean_and_se(values: Sequence[float]) -> tuple[float, float]:
@@ -111,6 +112,25 @@ def _what_could_be_shown(se: float, n: int, margin: float, alpha: float) -> dict
         "detectable": float(detectable),
         "sequences_needed": math.ceil((reach * se / margin) ** 2 * n),
     }
+
+
+def difference_tests(values: Sequence[float], reference: Sequence[float]) -> dict[str, float | None]:
+    """Two-sided p-values, uncorrected, of the four tests of Guo & Ermon (2025) that two samplers' values differ, in
+    pairs by sequence or (t-test and Mann-Whitney) as if they were not paired.
+
+    None where the values allow no test: a single sequence, or no spread.
+    """
+    if len(values) < 2:
+        return dict.fromkeys(FOUR_TESTS)
+    a, b = np.asarray(reference, float), np.asarray(values, float)
+    found = (
+        stats.ttest_ind(a, b),
+        stats.ttest_rel(a, b),
+        stats.wilcoxon(a, b, zero_method="zsplit"),
+        stats.mannwhitneyu(a, b),
+    )
+    p_values = (float(test.pvalue) for test in found)
+    return {name: None if math.isnan(p) else p for name, p in zip(FOUR_TESTS, p_values, strict=True)}
 
 
 def summarise_by_sampler(

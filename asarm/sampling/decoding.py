@@ -106,6 +106,17 @@ def drafter_for(model: AnySubsetLM, config: SamplerConfig) -> Drafter | None:
     return drafter
 
 
+def require_memory_for_decoding(
+    model: AnySubsetLM, config: SamplerConfig, batch: int, length: int, n_visible: int
+) -> None:
+    """Raise :class:`~asarm.errors.MemoryBudgetError` where decoding such a batch, of which at most ``n_visible`` tokens
+    a sequence are given, would not fit."""
+    rows = 1 + config.k + config.sampler.query_rows(config.k)
+    n_prefill = min(n_visible, max(ROWS_AT_A_TIME, PREFILL_ROWS // batch))
+    decoding = call_bytes(model, batch, length, rows, batch * (config.k + 1))
+    require_memory(model, batch, length, max(decoding, call_bytes(model, batch, length, n_prefill, 0)))
+
+
 class Decoding:
     """Sequences in progress: of each lane, ranks below ``settled_B`` are final and ranks below ``cached_B`` are in the
     cache."""
@@ -131,10 +142,7 @@ class Decoding:
 
         (T, N), device = ids_TN.shape, ids_TN.device
         B = min(batch_size, T)
-        n_query = config.sampler.query_rows(config.k)
-        decoding = call_bytes(model, B, N, 1 + config.k + n_query, B * (config.k + 1))
-        n_prefill = min(max(self._n_visible_T), max(ROWS_AT_A_TIME, PREFILL_ROWS // B))
-        require_memory(model, B, N, max(decoding, call_bytes(model, B, N, n_prefill, 0)))
+        require_memory_for_decoding(model, config, B, N, max(self._n_visible_T))
         self.engine = engine_of(model, config.compile)
         self.cache = self.engine.new_cache(B, N)
         self.order = Order(*(value[:1].expand(B, *value.shape[1:]).clone() for value in vars(order).values()))

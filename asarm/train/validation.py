@@ -71,14 +71,20 @@ class Validation:
         return measured | self._judge(texts), texts
 
     def _judge(self, texts: list[dict]) -> dict[str, float]:
-        """The judge's perplexity of all texts together, that of each beside it; without what it has read nothing of."""
-        if not texts or self.judge is None:
+        """The judge's perplexity of all texts together, that of each beside it. A text of which it reads no token has
+        none: an untrained model may draw such a one, which must not end the training."""
+        if self.judge is None:
             return {}
-        scores = self.judge.score([text["text"] for text in texts], self.config.batch_size)
-        for text, (tokens, nll) in zip(texts, scores, strict=True):
-            text["judge_ppl"] = math.exp(nll / tokens) if tokens else None
+        for text in texts:
+            text["judge_ppl"] = None
+        read = [text for text in texts if self.judge.reads(text["text"])]
+        if not read:
+            return {}
+        scores = self.judge.score([text["text"] for text in read], self.config.batch_size)
+        for text, (tokens, nll) in zip(read, scores, strict=True):
+            text["judge_ppl"] = math.exp(nll / tokens)
         tokens, nll = map(sum, zip(*scores, strict=True))
-        return {"judge_ppl": math.exp(nll / tokens)} if tokens else {}
+        return {"judge_ppl": math.exp(nll / tokens)}
 
     def _generate(self, model: AnySubsetLM, rows: list[np.ndarray]) -> list[dict]:
         """The rows with most of their tokens drawn anew, in order."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast
 
-from asarm.errors import ModelNotFoundError, OutputDirError
+from asarm.errors import ModelNotFoundError, OutputDirError, TextError
 from asarm.evals import speculative
 from asarm.evals.config import SpeculativeConfig
 from asarm.evals.judge import Judge, windows
@@ -23,7 +23,6 @@ TEXTS = [
     "A small grey cat sat on the mat.",
     "Hi",
     "The old dog ran to the park, and the children ran after it all the way home, laughing and shouting. " * 2,
-    "",
 ]
 
 
@@ -63,7 +62,16 @@ def test_perplexity_equals_a_loop_over_tokens(folder):
             assert tokens == expected_tokens
             assert nll == pytest.approx(expected, abs=1e-4)
     assert judge.score(TEXTS, 2)[2][0] > 2 * WINDOW, "the long text has several windows"
-    assert judge.score(TEXTS, 2)[3] == (0, 0.0)
+
+
+def test_a_text_of_which_no_token_is_scored_is_an_error_that_names_it(folder):
+    with pytest.raises(TextError, match=f"the judge {folder} reads no token of text 3, ''"):
+        Judge(str(folder)).score([*TEXTS[:2], ""], 2)
+    without_start = Judge(str(folder))
+    without_start.tokenizer.bos_token = None
+    assert without_start.score([TEXTS[0]], 1)[0][0] == Judge(str(folder)).score([TEXTS[0]], 1)[0][0] - 1
+    with pytest.raises(TextError, match="reads no token of text 1, 'a'"):
+        without_start.score(["a"], 1)
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 15, 16, 17, 24, 25, 100])
@@ -105,6 +113,19 @@ def test_validation_in_training_asks_the_judge(ignorant_folder, tmp_path):
     assert [text["judge_ppl"] for text in texts] == pytest.approx([50257] * 2, rel=1e-5)
     with pytest.raises(ModelNotFoundError, match="nowhere"):
         Validation(replace(config, judge="nowhere"), tokenizer, 16)
+
+
+def test_a_text_that_the_judge_cannot_read_does_not_end_the_training(folder, tmp_path):
+    """It has no perplexity; those of the others are as they would be without it."""
+    (tmp_path / "text.txt").write_text(TEXTS[2] * 4)
+    config = ValidationConfig(file=str(tmp_path / "text.txt"), rows=3, generations=2, judge=str(folder))
+    validation = Validation(config, load("tiny-english")[1], 16)
+    texts = [{"index": index, "text": text} for index, text in enumerate(("", TEXTS[0], TEXTS[1]))]
+    [(n, nll), (m, other)] = validation.judge.score(TEXTS[:2], 8)
+    assert validation._judge(texts) == {"judge_ppl": pytest.approx(math.exp((nll + other) / (n + m)))}
+    by_hand = [None, math.exp(nll / n), math.exp(other / m)]
+    assert [text["judge_ppl"] for text in texts] == pytest.approx(by_hand)
+    assert validation._judge([{"index": 0, "text": ""}]) == {}
 
 
 SMALL = {"dataset": "samples", "num_sequences": 4, "max_length": 24, "samplers": ["sequential", "parallel"]}

@@ -191,7 +191,6 @@ def test_measures_against_hand_worked_cases():
     assert mean_and_se([2.0]) == (2.0, 0.0)
     assert mean_and_se([1.0, 3.0]) == (2.0, 1.0)
     assert distinct([1, 1, 2, 1, 1], 1) == 0.4 and distinct([1, 1, 2, 1, 1], 2) == 0.75
-    assert distinct([1], 2) == 1
 
 
 def test_separators_of_documents_are_line_breaks_to_a_reader():
