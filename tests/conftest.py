@@ -20,9 +20,30 @@ from asarm.orders import Order
 torch.set_num_threads(1)  # the models are tiny, and two processes share the machine in a parallel run
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The long tests first: in a parallel run, nobody then waits for one that started last."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+NUMERICAL = [Path(__file__).parent / name for name in ("law", "model")]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--all", action="store_true", help="with the slow tests, and the statistical ones with all of their draws"
+    )
+    parser.addoption("--numerical", action="store_true", help="only tests/law and tests/model: what depends on kernels")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out the slow tests, unless all are asked for; puts them first where they are: in a parallel run, nobody
+    then waits for one that started last."""
+
+    def is_slow(item: pytest.Item) -> bool:
+        return item.get_closest_marker("slow") is not None
+
+    def is_wanted(item: pytest.Item) -> bool:
+        if config.getoption("--numerical") and not any(folder in item.path.parents for folder in NUMERICAL):
+            return False
+        return config.getoption("--all") or not is_slow(item)
+
+    config.hook.pytest_deselected(items=[item for item in items if not is_wanted(item)])
+    items[:] = sorted(filter(is_wanted, items), key=is_slow, reverse=True)
 
 
 def make_model(vocab_size=6, seed=0, dtype=torch.float32, mask_token_id=0, spread=0.8, **config) -> AnySubsetLM:
@@ -53,6 +74,12 @@ def random_batch(vocab_size: int, B: int, N: int, seed: int = 0, lengths=None) -
     visible_BN = torch.rand(B, N, generator=generator) < torch.rand(B, 1, generator=generator)
     visible_BN[:, generator.initial_seed() % N] = False
     return ids_BN, Order.from_visible(visible_BN, None if lengths is None else torch.tensor(lengths))
+
+
+@pytest.fixture(scope="session")
+def everything(request) -> bool:
+    """Whether statistical tests shall have all of their draws."""
+    return request.config.getoption("--all")
 
 
 @pytest.fixture(scope="session")
