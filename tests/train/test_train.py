@@ -15,6 +15,7 @@ from training_runs import losses, natively_bfloat16, small_run
 from wandb.errors import UsageError
 
 from asarm import AnySubsetLM, TextTokenizer
+from asarm.command_config import ScoreConfig
 from asarm.errors import (
     CheckpointMismatchError,
     ConfigError,
@@ -24,7 +25,6 @@ from asarm.errors import (
     MemoryBudgetError,
     OutputDirError,
 )
-from asarm.evals.config import ScoreConfig
 from asarm.evals.likelihood import held_out_likelihood
 from asarm.train import model as model_training
 from asarm.train import start
