@@ -2,9 +2,12 @@
 
 import os
 import shutil
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # read when the library is imported; no test may wait for a network
+# read when the libraries are imported, here and in the processes that tests start
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may wait for a network
+os.environ["OMP_NUM_THREADS"] = "1"  # the models are tiny, and two processes share the machine in a parallel run
 
 import pytest
 import torch
@@ -16,9 +19,6 @@ from asarm.draft_head import DraftHead
 from asarm.drafter import attach_draft_head
 from asarm.embedded import ASSETS
 from asarm.orders import Order
-
-torch.set_num_threads(1)  # the models are tiny, and two processes share the machine in a parallel run
-
 
 NUMERICAL = [Path(__file__).parent / name for name in ("law", "model")]
 
@@ -44,6 +44,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     config.hook.pytest_deselected(items=[item for item in items if not is_wanted(item)])
     items[:] = sorted(filter(is_wanted, items), key=is_slow, reverse=True)
+
+
+def mostly_slow(values: Iterable, quick: Sequence) -> list:
+    """Parameters of a test of which the quick suite has only ``quick``."""
+
+    def parameter(value):
+        marks = () if value in quick else pytest.mark.slow
+        return pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=marks)
+
+    return [parameter(value) for value in values]
 
 
 def make_model(vocab_size=6, seed=0, dtype=torch.float32, mask_token_id=0, spread=0.8, **config) -> AnySubsetLM:
