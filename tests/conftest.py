@@ -20,6 +20,7 @@ from asarm.drafter import attach_draft_head
 from asarm.embedded import ASSETS
 from asarm.orders import Order
 
+HEAD_SHAPE = {"width": 8, "n_head": 2, "rank": 6}  # of a small draft head
 NUMERICAL = [Path(__file__).parent / name for name in ("law", "model")]
 
 
@@ -75,6 +76,16 @@ def with_random_head(model: AnySubsetLM, seed: int = 0) -> AnySubsetLM:
         head.from_token.weight.normal_(std=0.5)
     attach_draft_head(model, head)
     return model
+
+
+def random_head(trunk: AnySubsetLM, seed=0, **shape) -> DraftHead:
+    """A head that says anything at all: every parameter drawn, the correction included."""
+    torch.manual_seed(seed)
+    head = DraftHead.for_trunk(trunk, **HEAD_SHAPE | shape).to(trunk.dtype).eval()
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.normal_(std=0.5)
+    return head
 
 
 def random_batch(vocab_size: int, B: int, N: int, seed: int = 0, lengths=None) -> tuple[torch.Tensor, Order]:
