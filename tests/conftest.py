@@ -25,26 +25,28 @@ NUMERICAL = [Path(__file__).parent / name for name in ("law", "model")]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--all", action="store_true", help="with the slow tests, and the statistical ones with all of their draws"
-    )
-    parser.addoption("--numerical", action="store_true", help="only tests/law and tests/model: what depends on kernels")
+    parser.addoption("--all", action="store_true", help="slow tests too, and statistical tests with all of their draws")
+    parser.addoption("--numerical", action="store_true", help="of the quick suite only tests/law and tests/model")
+
+
+def all_are_asked_for(config: pytest.Config) -> bool:
+    return config.getoption("--all") and not config.getoption("--numerical")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out the slow tests, unless all are asked for; puts them first where they are: in a parallel run, nobody
-    then waits for one that started last."""
+    """Leaves out what is not asked for. Slow tests come first: in a parallel run, nobody then waits for one that
+    started last."""
 
     def is_slow(item: pytest.Item) -> bool:
         return item.get_closest_marker("slow") is not None
 
-    def is_wanted(item: pytest.Item) -> bool:
+    def is_asked_for(item: pytest.Item) -> bool:
         if config.getoption("--numerical") and not any(folder in item.path.parents for folder in NUMERICAL):
             return False
-        return config.getoption("--all") or not is_slow(item)
+        return all_are_asked_for(config) or not is_slow(item)
 
-    config.hook.pytest_deselected(items=[item for item in items if not is_wanted(item)])
-    items[:] = sorted(filter(is_wanted, items), key=is_slow, reverse=True)
+    config.hook.pytest_deselected(items=[item for item in items if not is_asked_for(item)])
+    items[:] = sorted(filter(is_asked_for, items), key=is_slow, reverse=True)
 
 
 def mostly_slow(values: Iterable, quick: Sequence) -> list:
@@ -100,7 +102,7 @@ def random_batch(vocab_size: int, B: int, N: int, seed: int = 0, lengths=None) -
 @pytest.fixture(scope="session")
 def everything(request) -> bool:
     """Whether statistical tests shall have all of their draws."""
-    return request.config.getoption("--all")
+    return all_are_asked_for(request.config)
 
 
 @pytest.fixture(scope="session")
