@@ -9,8 +9,8 @@ import conftest
 import pytest
 
 ROOT = Path(__file__).parents[2]
-# What stands in for Python: it says that the processor is CPU, and writes down every run of pytest with its arguments and the
-# instruction sets that it may use; then it ends with the run's status.
+# What stands in for Python: it says that the processor is CPU, and writes down every run of pytest with its arguments
+# and the instruction sets that it may use; then it ends with the run's status.
 PYTHON = """#!/usr/bin/env bash
 if [ "$1" = -c ]; then echo "$CPU"; exit; fi
 if [ "$2" != pytest ]; then exit; fi
