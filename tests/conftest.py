@@ -2,9 +2,12 @@
 
 import os
 import shutil
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # read when the library is imported; no test may wait for a network
+# read when the libraries are imported, here and in the processes that tests start
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may wait for a network
+os.environ["OMP_NUM_THREADS"] = "1"  # the models are tiny, and two processes share the machine in a parallel run
 
 import pytest
 import torch
@@ -17,12 +20,43 @@ from asarm.drafter import attach_draft_head
 from asarm.embedded import ASSETS
 from asarm.orders import Order
 
-torch.set_num_threads(1)  # the models are tiny, and two processes share the machine in a parallel run
+HEAD_SHAPE = {"width": 8, "n_head": 2, "rank": 6}  # of a small draft head
+NUMERICAL = [Path(__file__).parent / name for name in ("law", "model")]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The long tests first: in a parallel run, nobody then waits for one that started last."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true", help="slow tests too, and statistical tests with all of their draws")
+    parser.addoption("--numerical", action="store_true", help="of the quick suite only tests/law and tests/model")
+
+
+def all_are_asked_for(config: pytest.Config) -> bool:
+    return config.getoption("--all") and not config.getoption("--numerical")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out what is not asked for. Slow tests come first: in a parallel run, nobody then waits for one that
+    started last."""
+
+    def is_slow(item: pytest.Item) -> bool:
+        return item.get_closest_marker("slow") is not None
+
+    def is_asked_for(item: pytest.Item) -> bool:
+        if config.getoption("--numerical") and not any(folder in item.path.parents for folder in NUMERICAL):
+            return False
+        return all_are_asked_for(config) or not is_slow(item)
+
+    config.hook.pytest_deselected(items=[item for item in items if not is_asked_for(item)])
+    items[:] = sorted(filter(is_asked_for, items), key=is_slow, reverse=True)
+
+
+def mostly_slow(values: Iterable, quick: Sequence) -> list:
+    """Parameters of a test of which the quick suite has only ``quick``."""
+
+    def parameter(value):
+        marks = () if value in quick else pytest.mark.slow
+        return pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=marks)
+
+    return [parameter(value) for value in values]
 
 
 def make_model(vocab_size=6, seed=0, dtype=torch.float32, mask_token_id=0, spread=0.8, **config) -> AnySubsetLM:
@@ -46,6 +80,16 @@ def with_random_head(model: AnySubsetLM, seed: int = 0) -> AnySubsetLM:
     return model
 
 
+def random_head(trunk: AnySubsetLM, seed=0, **shape) -> DraftHead:
+    """A head that says anything at all: every parameter drawn, the correction included."""
+    torch.manual_seed(seed)
+    head = DraftHead.for_trunk(trunk, **HEAD_SHAPE | shape).to(trunk.dtype).eval()
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.normal_(std=0.5)
+    return head
+
+
 def random_batch(vocab_size: int, B: int, N: int, seed: int = 0, lengths=None) -> tuple[torch.Tensor, Order]:
     """Random ids and a random any-subset order for each sequence."""
     generator = torch.Generator().manual_seed(seed)
@@ -53,6 +97,12 @@ def random_batch(vocab_size: int, B: int, N: int, seed: int = 0, lengths=None) -
     visible_BN = torch.rand(B, N, generator=generator) < torch.rand(B, 1, generator=generator)
     visible_BN[:, generator.initial_seed() % N] = False
     return ids_BN, Order.from_visible(visible_BN, None if lengths is None else torch.tensor(lengths))
+
+
+@pytest.fixture(scope="session")
+def everything(request) -> bool:
+    """Whether statistical tests shall have all of their draws."""
+    return all_are_asked_for(request.config)
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ from asarm.samplers import SAMPLERS
 SYSTEMS = (train_bench.OURS, train_bench.THEIRS)
 
 
+@pytest.mark.slow
 def test_the_last_line_is_json_and_agrees_with_itself(capsys):
     arguments = (
         "--size tiny-english --length 256 --rounds 1 --batch_sizes 1,2 --dtypes float32 --memory_lengths 160 256"

@@ -1,10 +1,12 @@
-"""The command line as a user meets it: real processes, plain errors, fast help."""
+"""The command line as a user meets it: plain errors, fast help, and what a process prints is what was asked for."""
 
+import io
 import json
 import os
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
 import yaml
@@ -15,6 +17,7 @@ from asarm import Law, TextTokenizer
 from asarm.cli import main
 from asarm.config import DataConfig
 from asarm.errors import ModelNotFoundError, TextError
+from asarm.evals import speculative
 from asarm.infilling import infill, score_text
 from asarm.loading import load
 from asarm.tokenizer import train_byte_level_bpe
@@ -30,6 +33,13 @@ def run(*arguments, **environment):
         check=False,
         env=os.environ | environment,
     )
+
+
+def answer(*arguments):
+    """What :func:`run` returns, from this process."""
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
+        status = main([*arguments])
+    return subprocess.CompletedProcess(arguments, status, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture(scope="module")
@@ -62,13 +72,21 @@ def test_help_does_not_import_torch(command):
     assert "usage" in done.stdout
 
 
+@pytest.mark.slow
+def test_a_process_prints_what_the_command_answers():
+    words = ("infill", "--text", "The cat <mask:3> the mat.", "--seed", "5")
+    done, expected = run(*words), answer(*words)
+    assert (done.returncode, done.stdout) == (expected.returncode, expected.stdout), done.stderr
+    assert done.stdout.startswith("The cat")
+
+
 def test_infill_json_and_plain():
-    done = run("infill", "--text", "The cat <mask:3> the mat.", "--num_samples", "2", "--seed", "5", "--json")
+    done = answer("infill", "--text", "The cat <mask:3> the mat.", "--num_samples", "2", "--seed", "5", "--json")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert len(result["infills"]) == 2 and len(set(result["infills"])) == 2
     assert all(t.startswith("The cat") and t.endswith(" the mat.") and "<" not in t for t in result["infills"])
-    plain = run("infill", "--text", "The cat <mask:3> the mat.", "--num_samples", "2", "--seed", "5")
+    plain = answer("infill", "--text", "The cat <mask:3> the mat.", "--num_samples", "2", "--seed", "5")
     assert plain.stdout == "\n\n".join(result["infills"]) + "\n"
 
 
@@ -91,7 +109,7 @@ def test_score_of_fills_and_of_a_whole_text(tiny):
     assert "".join(whole.tokens) == "Once upon a time" and whole.log_prob < 0
     assert score_text(model, tokenizer, "Once upon a time", law=Law(temperature=2.0)).log_prob != whole.log_prob
 
-    done = run("score", "--text", "Once upon a <mask> there was a girl.", "--fills", " time,", "--json")
+    done = answer("score", "--text", "Once upon a <mask> there was a girl.", "--fills", " time,", "--json")
     assert json.loads(done.stdout)["log_prob"] == pytest.approx(likely.log_prob, abs=1e-4)
 
 
@@ -109,7 +127,7 @@ def test_held_out_likelihood_falls_with_more_context(tmp_path):
     (tmp_path / "t.txt").write_text(
         "One day a little girl went to the park. She saw a big dog. The dog was happy. " * 12
     )
-    done = run(
+    done = answer(
         "score",
         "--data_file",
         str(tmp_path / "t.txt"),
@@ -185,7 +203,8 @@ def test_a_model_without_a_tokenizer_is_told_how_to_name_one(tmp_path):
         ("nlp-infill", ["--causal_lm", "/etc"]),
     ],
 )
-def test_after_a_mistake_the_right_command_has_the_folder(command, mistake, tmp_path):
+def test_after_a_mistake_the_right_command_has_the_folder(command, mistake, tmp_path, monkeypatch):
+    monkeypatch.setattr(speculative, "draw_plots", lambda *_: None)  # not what is tested here
     arguments = ["eval", command, "--output_dir", str(tmp_path), "--limit", "1"]
     assert main([*arguments, *mistake]) == 2
     assert not (tmp_path / "config.yaml").exists()
@@ -239,7 +258,7 @@ def test_the_command_line_goes_over_the_file_in_any_order(words, tmp_path, capsy
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path, data_dir):
-    done = run("infill", "--text", "a <mask>", "--tokenizer", str(data_dir / "tokenizers" / "xlnet-base-cased"))
+    done = answer("infill", "--text", "a <mask>", "--tokenizer", str(data_dir / "tokenizers" / "xlnet-base-cased"))
     assert done.returncode == 2 and "32000 pieces" in done.stderr
 
 

@@ -79,53 +79,88 @@ def hub(tmp_path_factory):
     server.shutdown()
 
 
-def asarm(hub, cache, *arguments):
+RUN = """
+import json, sys
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
+from asarm.cli import main
+
+for words in json.loads(sys.argv[1]):
+    with redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err:
+        status = main(words)
+    print(json.dumps([status, out.getvalue(), err.getvalue()]))
+"""
+UNKNOWN = [
+    (("--model", model, "--revision", revision, *tokenizer), message)
+    for model, revision, message in (
+        ("someone/asarm-test", "nlp_210k", "'nlp_210k'"),
+        ("someone/other", "main", "'someone/other'"),
+    )
+    for tokenizer in ((), ("--tokenizer", "tiny-english"))
+]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory) -> Path:
+    """Where the models of the Hub are exported to, a folder a revision."""
+    return tmp_path_factory.mktemp("exported")
+
+
+def export_words(revision: str, exported: Path) -> list[str]:
+    return ["--model", "someone/asarm-test", "--revision", revision, "--output_dir", str(exported / revision)]
+
+
+@pytest.fixture(scope="module")
+def answers(hub, exported, tmp_path_factory) -> dict[tuple[str, ...], tuple[int, str, str]]:
+    """Status, output and errors of each command by its words, all run by one process that asks the endpoint."""
+    commands = [("infill", "--text", "a <mask>", *words) for words, _ in UNKNOWN]
+    for revision in COMMITS:
+        for model in (("someone/asarm-test", "--revision", revision), (str(Endpoint.root / revision),)):
+            commands.append(("score", "--text", "A small dog", "--json", "--model", *model))
+        commands.append(("export", *export_words(revision, exported)))
     environment = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "HF_TOKEN")}
-    environment |= {"HF_ENDPOINT": hub, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1"}
-    return subprocess.run(
-        [sys.executable, "-m", "asarm", *arguments],
+    environment |= {"HF_ENDPOINT": hub, "HF_HOME": str(tmp_path_factory.mktemp("cache")), "HF_HUB_DISABLE_XET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, json.dumps(commands)],
         capture_output=True,
         text=True,
         check=False,
         env=environment,
         timeout=120,
     )
+    assert done.returncode == 0, done.stderr
+    return dict(zip(commands, map(json.loads, done.stdout.splitlines()), strict=True))
 
 
-def test_a_hub_id_at_two_revisions(hub, tmp_path):
-    command = ["score", "--text", "A small dog", "--json", "--model", "someone/asarm-test"]
+def test_a_hub_id_at_two_revisions(answers):
     scores = {}
     for revision in COMMITS:
-        done = asarm(hub, tmp_path, *command, "--revision", revision)
-        assert done.returncode == 0, done.stderr
-        scores[revision] = json.loads(done.stdout)["log_prob"]
-        local = asarm(hub, tmp_path, *command[:-1], str(Endpoint.root / revision))
-        assert json.loads(local.stdout)["log_prob"] == scores[revision]
+        command = ("score", "--text", "A small dog", "--json", "--model")
+        (status, out, err), (_, of_folder, _) = (
+            answers[*command, *model]
+            for model in (("someone/asarm-test", "--revision", revision), (str(Endpoint.root / revision),))
+        )
+        assert status == 0, err
+        scores[revision] = json.loads(out)["log_prob"]
+        assert json.loads(of_folder)["log_prob"] == scores[revision]
     assert scores["main"] != scores["nlp"]
     assert {"main/model.safetensors", "nlp/model.safetensors", "main/tokenizer.json"} <= set(Endpoint.served)
 
 
-def test_a_hub_id_is_exported_with_what_is_stored_beside_its_tokenizer(hub, tmp_path):
+def test_a_hub_id_is_exported_with_what_is_stored_beside_its_tokenizer(answers, exported):
     found = {}
     for revision in COMMITS:
-        out = tmp_path / revision
-        words = ("--model", "someone/asarm-test", "--revision", revision, "--output_dir", str(out))
-        done = asarm(hub, tmp_path / "cache", "export", *words)
-        assert done.returncode == 0, done.stderr
-        settings = json.loads((out / "tokenizer_config.json").read_text())
+        status, _, err = answers["export", *export_words(revision, exported)]
+        assert status == 0, err
+        settings = json.loads((exported / revision / "tokenizer_config.json").read_text())
         found[revision] = (settings.get("whitespace_map"), settings["document_end"])
-        weights = (out / "model.safetensors").read_bytes()
+        weights = (exported / revision / "model.safetensors").read_bytes()
         assert weights == (Endpoint.root / revision / "model.safetensors").read_bytes()
     assert found == {"main": (None, "<eod>"), "nlp": ("code", "<sep><cls></s>")}
 
 
-@pytest.mark.parametrize(
-    ("model", "revision", "message"),
-    [("someone/asarm-test", "nlp_210k", "'nlp_210k'"), ("someone/other", "main", "'someone/other'")],
-)
-@pytest.mark.parametrize("tokenizer", [[], ["--tokenizer", "tiny-english"]])
-def test_an_unknown_id_or_revision_is_named(hub, tmp_path, model, revision, message, tokenizer):
-    done = asarm(hub, tmp_path, "infill", "--text", "a <mask>", "--model", model, "--revision", revision, *tokenizer)
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
-    assert message in done.stderr.strip().splitlines()[-1]
+@pytest.mark.parametrize(("words", "message"), UNKNOWN)
+def test_an_unknown_id_or_revision_is_named(answers, words, message):
+    status, _, err = answers["infill", "--text", "a <mask>", *words]
+    assert status == 2, err
+    assert "Traceback" not in err and message in err.strip().splitlines()[-1]

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from conftest import mostly_slow
 
 from asarm.cli import COMMANDS, EVALS, _make_config, build_parser
 
@@ -228,7 +229,10 @@ while True:
 """
 
 
-@pytest.mark.parametrize(("what", "status"), [("USR1", 75), ("INT", 9), ("fail", 3), ("kill", 128 + signal.SIGKILL)])
+ENDS = [("USR1", 75), ("INT", 9), ("fail", 3), ("kill", 128 + signal.SIGKILL)]
+
+
+@pytest.mark.parametrize(("what", "status"), mostly_slow(ENDS, quick=[("USR1", 75)]))
 def test_accelerate_launch_passes_signals_on_and_gives_the_status_back(tmp_path, what, status):
     """With two real processes; one that fails or is killed ends the other. Ctrl-C reaches every process of the
     terminal, which is nothing to them: the launcher sends a SIGTERM after it."""
@@ -258,6 +262,7 @@ def test_accelerate_launch_passes_signals_on_and_gives_the_status_back(tmp_path,
     assert len(workers) == 2 and not any(map(psutil.pid_exists, workers))
 
 
+@pytest.mark.slow
 def test_two_processes_without_a_gpu_are_one_run(tmp_path):
     command = ["bash", str(ROOT / "_run_training.sh"), "--config", "configs/train/smoke.yaml", "--optimizer.steps", "2"]
     env = environment(ASARM_PROCESSES="2", CUDA_VISIBLE_DEVICES="")

@@ -218,6 +218,7 @@ def test_a_stop_signal_to_the_workers_is_left_to_the_process_that_trains(config,
     assert not alive
 
 
+@pytest.mark.slow
 def test_workers_do_not_outlive_an_uncaught_error(text_file):
     script = f"""
 from asarm import TextTokenizer

@@ -126,12 +126,29 @@ for settings in json.loads(sys.argv[1]):
 """
 
 
-def read(hub, cache, *settings):
-    """What each of ``settings`` reads: the texts of sixty rows, or an error's message."""
+CODE = {"dataset": "someone/code", "data_dir": "python", "text_column": "content"}
+GATED = CODE | {"dataset": "someone/gated"}
+SETTINGS = {
+    "rows": CODE | {"num_workers": 2},
+    "in process": CODE | {"num_workers": 0},
+    "at commit": CODE | {"num_workers": 0, "revision": COMMIT},
+    "column": CODE | {"text_column": "text"},
+    "name": CODE | {"dataset": "someone/else"},
+    "revision": CODE | {"revision": "v2"},
+    "split": CODE | {"split": "test"},
+    "no token": GATED,
+    "no access": GATED | {"token": "hf_of_somebody"},
+    "granted": GATED | {"token": "hf_granted"},
+}
+
+
+@pytest.fixture(scope="module")
+def found(hub, tmp_path_factory) -> dict[str, list[str] | str]:
+    """What each of the settings reads, in one process: the texts of sixty rows, or an error's message."""
     environment = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "HF_TOKEN")}
-    environment |= {"HF_ENDPOINT": hub, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1"}
+    environment |= {"HF_ENDPOINT": hub, "HF_HOME": str(tmp_path_factory.mktemp("cache")), "HF_HUB_DISABLE_XET": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", READ, json.dumps(settings)],
+        [sys.executable, "-c", READ, json.dumps([*SETTINGS.values()])],
         capture_output=True,
         text=True,
         check=False,
@@ -139,37 +156,26 @@ def read(hub, cache, *settings):
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    return dict(zip(SETTINGS, map(json.loads, done.stdout.splitlines()), strict=True))
 
 
-CODE = {"dataset": "someone/code", "data_dir": "python", "text_column": "content"}
-GATED = CODE | {"dataset": "someone/gated"}
-
-
-def test_a_data_set_is_streamed_by_workers_and_errors_are_named(hub, tmp_path):
-    rows, in_process, at_commit, column, name, revision, split = read(
-        hub,
-        tmp_path,
-        CODE | {"num_workers": 2},
-        CODE | {"num_workers": 0},
-        CODE | {"num_workers": 0, "revision": COMMIT},
-        CODE | {"text_column": "text"},
-        CODE | {"dataset": "someone/else"},
-        CODE | {"revision": "v2"},
-        CODE | {"split": "test"},
-    )
-    assert rows == in_process == at_commit
+@pytest.mark.slow
+def test_a_data_set_is_streamed_by_workers_and_errors_are_named(found):
+    rows = found["rows"]
+    assert rows == found["in process"] == found["at commit"]
     for s in range(3):  # each stream has one file in its first epoch
         texts = [text.strip() for text in "".join(rows[s::3]).split("<eod>")][:8]
         assert texts in TEXTS
-    assert "no column 'text'; it has ['content']" in column
-    assert "'someone/else'" in name and "'v2'" in revision and "'test'" in split
+    assert "no column 'text'; it has ['content']" in found["column"]
+    assert "'someone/else'" in found["name"] and "'v2'" in found["revision"] and "'test'" in found["split"]
 
 
-def test_a_gated_data_set_names_what_is_missing(hub, tmp_path):
-    tokens = ({}, {"token": "hf_of_somebody"}, {"token": "hf_granted"})
-    no_token, no_access, granted = read(hub, tmp_path, *(GATED | token for token in tokens))
-    for message, who in ((no_token, "no valid token was found"), (no_access, "account of your token has no access")):
-        assert who in message and "'someone/gated' is gated" in message
-        assert all(part in message for part in (f"{hub}/datasets/someone/gated", "HF_TOKEN", "hf auth login"))
-    assert len(granted) == 60 and "python file" in "".join(granted)
+@pytest.mark.slow
+def test_a_gated_data_set_names_what_is_missing(found, hub):
+    for name, who in (
+        ("no token", "no valid token was found"),
+        ("no access", "account of your token has no access"),
+    ):
+        assert who in found[name] and "'someone/gated' is gated" in found[name]
+        assert all(part in found[name] for part in (f"{hub}/datasets/someone/gated", "HF_TOKEN", "hf auth login"))
+    assert len(found["granted"]) == 60 and "python file" in "".join(found["granted"])

@@ -142,6 +142,7 @@ def test_whitespace_map_gives_the_ids_of_the_published_checkpoint(xlnet_code, da
     assert xlnet_code.encode_batch(texts) == reference(replaced, add_special_tokens=False)["input_ids"]
 
 
+@pytest.mark.slow
 def test_the_exact_loss_of_the_whitespace_map(xlnet_code, data_dir):
     """All prompts and suffixes of single-line HumanEval: lost are odd spaces, '' and characters that XLNet lacks."""
     counts, lossy = Counter(), Counter()

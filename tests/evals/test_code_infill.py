@@ -203,6 +203,7 @@ def test_controls_allow_for_what_passes_by_chance():
     assert judged(2, 10) == [] and judged(10, 10)
 
 
+@pytest.mark.slow
 def test_a_kill_in_the_middle_loses_only_the_programs_in_flight(tmp_path, executes):
     slow = [
         p | {"task_id": f"{p['task_id']}/{i}", "test": "import time\ntime.sleep(0.1)\n" + p["test"]}

@@ -100,6 +100,7 @@ def test_processes_that_share_a_run_leave_what_one_process_leaves(tmp_path):
     assert again["samplers"] == second["samplers"], "nothing is left to do, and nothing is lost"
 
 
+@pytest.mark.slow
 def test_processes_at_the_same_time(tmp_path):
     """Both may come to the end at once; what is left is complete whoever is last. All have one thread, as tests have:
     on some processors the last digits of a log-probability depend on their number."""

@@ -145,6 +145,7 @@ def test_records_with_any_character_are_read_back(tmp_path):
     assert RecordLog(tmp_path, {}, Shard()).records == {("assd", 0): odd}
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_was(finished, tmp_path):
     command = [sys.executable, "-m", "asarm", "eval", "speculative", "--output_dir", str(tmp_path)]
     command += [word for key, value in (SMALL | {"batch_size": 1}).items() for word in (f"--{key}", str(value))]

@@ -4,25 +4,13 @@ import json
 
 import pytest
 import torch
-from conftest import make_model, random_batch
+from conftest import HEAD_SHAPE, make_model, random_batch, random_head
 
 from asarm import AnySubsetLM
 from asarm.draft_head import DraftHead, distance_to_previous, find_draft_head, previous_ids
 from asarm.drafter import Drafter, Window, attach_draft_head, drafter_of
 from asarm.errors import CheckpointMismatchError, ConfigError, ModelNotFoundError
 from asarm.orders import rows_from
-
-SHAPE = {"width": 8, "n_head": 2, "rank": 6}
-
-
-def random_head(trunk: AnySubsetLM, seed=0, **shape) -> DraftHead:
-    """A head that says anything at all: every parameter drawn, the correction included."""
-    torch.manual_seed(seed)
-    head = DraftHead.for_trunk(trunk, **SHAPE | shape).to(trunk.dtype).eval()
-    with torch.no_grad():
-        for parameter in head.parameters():
-            parameter.normal_(std=0.5)
-    return head
 
 
 def random_round(trunk: AnySubsetLM, B=3, K=5, first_missing=0, seed=1) -> tuple:
@@ -75,7 +63,7 @@ def test_steps_after_settled_rows_equal_the_teacher_forced_form(trunk, K):
 @torch.no_grad()
 def test_an_untrained_head_is_the_self_draft_and_any_head_leaves_exact_logits_alone(trunk):
     arguments = random_round(trunk)
-    assert torch.equal(DraftHead.for_trunk(trunk, **SHAPE)(*arguments), arguments[1])
+    assert torch.equal(DraftHead.for_trunk(trunk, **HEAD_SHAPE)(*arguments), arguments[1])
     assert torch.equal(random_head(trunk)(*arguments)[:, 0], arguments[1][:, 0])  # nothing is missing in row 0
 
 
@@ -135,7 +123,7 @@ def test_saved_and_loaded(trunk, tmp_path, half):
 
 def test_an_attached_head_stays_as_it_was():
     trunk = make_model(vocab_size=30).bfloat16()
-    head = DraftHead.for_trunk(trunk, **SHAPE).train()
+    head = DraftHead.for_trunk(trunk, **HEAD_SHAPE).train()
     attach_draft_head(trunk, head)
     assert (head.dtype, head.training) == (torch.float32, True)
     attached = drafter_of(trunk).head
@@ -168,4 +156,4 @@ def test_parameters_that_the_config_does_not_describe_are_named(trunk, tmp_path)
 @pytest.mark.parametrize("shape", [{"n_head": 3}, {"rank": 17}])
 def test_impossible_shapes(trunk, shape):
     with pytest.raises(ConfigError, match="draft head needs"):
-        DraftHead.for_trunk(trunk, **SHAPE | shape)
+        DraftHead.for_trunk(trunk, **HEAD_SHAPE | shape)

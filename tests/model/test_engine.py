@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import make_model, random_batch, with_random_head
+from conftest import make_model, mostly_slow, random_batch, with_random_head
 
 from asarm import Order, SamplerConfig, sample
 from asarm.density import target_states
@@ -87,7 +87,7 @@ def test_an_engine_is_kept_until_the_weights_change():
 NAMES = ["sequential", "assd", "assd+one-pass", "assd-head", "assd-head+one-pass", "assd-ngram", "parallel"]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", mostly_slow(NAMES, quick=["assd", "assd-head+one-pass", "assd-ngram"]))
 def test_sequences_that_make_room_for_others_get_the_same_tokens(name):
     model = with_random_head(make_model(vocab_size=V, seed=5, spread=0.5))
     lengths = [20 - (t * 7) % 17 for t in range(23)]

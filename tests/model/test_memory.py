@@ -20,6 +20,7 @@ TRAIN = """
 import sys, psutil, torch
 from transformers import XLNetConfig
 from asarm import density
+from asarm.engine import multiplies_bfloat16
 from asarm.malloc import keep_freed_memory
 from asarm.model import AnySubsetLM
 from asarm.train import objective
@@ -32,7 +33,7 @@ loss, masking = objective.Objective(model, ObjectiveConfig()), MaskingConfig(0.1
 for step in range(40):
     ids, indices = torch.randint(9, 2000, (8, 256)).numpy(), list(range(8 * step, 8 * step + 8))
     batch = objective.make_batch(ids, indices, step, 8, masking, ObjectiveConfig(), 0)
-    with torch.autocast('cpu', torch.bfloat16): loss(batch).backward()
+    with torch.autocast('cpu', torch.bfloat16, enabled=multiplies_bfloat16(model.device)): loss(batch).backward()
     model.zero_grad()
     if step in (9, 39): print(psutil.Process().memory_info().rss)
 """
@@ -78,6 +79,7 @@ print(estimate / (peak - start))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "batch", "length"),
     [("density", 4, 512), ("density", 1, 1024), ("fp32", 2, 512), ("bf16", 4, 256), ("recompute", 4, 512)],
@@ -144,9 +146,11 @@ def test_freed_memory_is_kept_until_it_is_released():
     assert released > 10_000
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's malloc")
 def test_training_on_ever_new_numbers_of_targets_keeps_its_size():
-    """What is held after 40 steps, by what was held after 10 (measured: 1.03; 1.64 without padding)."""
+    """What is held after 40 steps, by what was held after 10 (measured: 1.03; without padding 1.64 with bfloat16
+    products, 1.09 on processors that have none)."""
 
     def growth(multiple: int) -> float:
         command = [sys.executable, "-c", TRAIN, str(multiple)]
@@ -154,4 +158,5 @@ def test_training_on_ever_new_numbers_of_targets_keeps_its_size():
         return late / early
 
     assert growth(ROW_MULTIPLE) < 1.15
-    assert growth(1) > 1.3, "what padding is for"
+    if (unpadded := growth(1)) < 1.3:
+        pytest.skip(f"it keeps its size, but without padding this processor lets it grow by {unpadded:.2f} only")

@@ -63,6 +63,7 @@ def assert_same_training(ours, theirs, tolerance=1e-5):
     assert all(torch.allclose(first[key], second[key], atol=1e-4) for key in first)
 
 
+@pytest.mark.slow
 def test_two_processes_and_one_with_twice_the_batch_have_the_same_loss_curve(text_file, tmp_path):
     config = small_run(text_file, tmp_path / "one", steps=50, architecture=NO_DROPOUT, optimizer={"rows_per_step": 8})
     train(replace(config, optimizer=replace(config.optimizer, rows_per_pass=4)))
@@ -73,6 +74,7 @@ def test_two_processes_and_one_with_twice_the_batch_have_the_same_loss_curve(tex
     assert about["processes"] == 2
 
 
+@pytest.mark.slow
 def test_two_processes_fine_tune_as_one_does(text_file, tmp_path):
     model = str(train(small_run(text_file, tmp_path / "pretrained", steps=1, architecture=NO_DROPOUT)))
     config = small_run(text_file, tmp_path / "one", steps=5, model=model, architecture={}, objective=PER_ROW_MEAN)
@@ -82,6 +84,7 @@ def test_two_processes_fine_tune_as_one_does(text_file, tmp_path):
     assert_same_training(tmp_path / "two", tmp_path / "one")
 
 
+@pytest.mark.slow
 def test_sharded_training_is_the_same_and_its_checkpoints_are_whole(text_file, tmp_path):
     """FSDP with validation on the way; one process goes on from what two have saved."""
     validation = ValidationConfig(file=str(text_file), rows=4, generations=2, every=6)
@@ -109,6 +112,7 @@ def test_one_process_has_nobody_to_deal_its_weights_out_to(text_file, tmp_path):
     assert losses(tmp_path / "fsdp") == losses(tmp_path / "plain")
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_after_the_same_step(text_file, tmp_path):
     config = small_run(text_file, tmp_path / "run", steps=100_000, checkpoint_every=100_000, architecture=NO_DROPOUT)
     processes = start(config, tmp_path)
@@ -124,6 +128,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(text_file, tmp_pa
     assert f"stopped by a signal to another process after step {done}" in errors[0]
 
 
+@pytest.mark.slow
 def test_text_that_breaks_off_in_one_process_fails_both_with_their_steps_saved(text_file, tmp_path):
     """A file for each; were the other one's status that of a stop, the launcher would start them again for ever."""
     lines = text_file.read_text().splitlines(keepends=True)

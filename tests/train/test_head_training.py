@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_model, random_batch
+from conftest import HEAD_SHAPE, make_model, random_batch, random_head
 from safetensors.torch import load_file
-from test_draft_head import SHAPE, random_head
 from training_runs import write_text
 
 from asarm import AnySubsetLM, Law, Order, conditional_log_probs
@@ -91,7 +90,7 @@ def head_run(tmp_path) -> TrainHeadConfig:
         output_dir=str(tmp_path / "run"),
         model=str(tmp_path / "trunk"),
         tokenizer="tiny-english",
-        head=HeadConfig(**SHAPE),
+        head=HeadConfig(**HEAD_SHAPE),
         data=DataConfig(files=[str(write_text(tmp_path / "text.jsonl"))], max_length=16),
         masking=MaskingConfig(0.5, 0.9, 0.5, 0.9, 0),
         windows=WindowConfig(k=3, per_row=4, kl_steps=20),

@@ -140,6 +140,7 @@ def test_a_run_keeps_its_precision_on_another_device(text_file, tmp_path, monkey
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["optimizer"]["precision"] == "bf16"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_stop_signal_saves_and_asks_for_another_start(text_file, tmp_path, number):
     words = ("--optimizer.steps", "100000", "--checkpoint_every", "100000", "--log_every", "1", "--resume", "auto")

@@ -200,6 +200,7 @@ def test_compiled_layers_train_the_same(text_file, tmp_path):
     assert losses(tmp_path / "True") == pytest.approx(losses(tmp_path / "False"), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_wandb_offline(text_file, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     train(small_run(text_file, tmp_path / "run", steps=2, wandb="asarm-test"))
