@@ -3,12 +3,14 @@
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from zipfile import BadZipFile, ZipFile
 
 import torch
+from safetensors import SafetensorError
 
 from ..errors import ConfigError, DiskSpaceError, OutputDirError, reason
 from ..pretrained import STATE
@@ -50,18 +52,25 @@ class Checkpoints:
         final = self.folder / f"step-{state['step']:07d}"
         for unfinished in self.folder.glob(".*-step-*"):  # as a kill leaves it
             shutil.rmtree(unfinished)
-        try:
-            with whole_folder(final) as partial:
-                self.describe(partial)
-                with open(partial / STATE, "wb") as file:
-                    torch.save(state | {"config": self.settings}, file)
-        except (OSError, RuntimeError) as error:  # torch's own, where the disk is full
-            raise OutputDirError(
-                f"cannot write the checkpoint {final}: {reason(error)}; make room and go on with --resume auto"
-            ) from error
+        with written_folder(final) as partial:
+            self.describe(partial)
+            with open(partial / STATE, "wb") as file:
+                torch.save(state | {"config": self.settings}, file)
         for old in checkpoints(self.folder)[: -self.keep]:
             remove_folder(old)
         return final
+
+
+@contextmanager
+def written_folder(final: Path) -> Iterator[Path]:
+    """A :func:`~asarm.runlog.whole_folder` of a run; raises :class:`OutputDirError` where it cannot be written."""
+    try:
+        with whole_folder(final) as partial:
+            yield partial
+    except (OSError, RuntimeError, SafetensorError) as error:  # the libraries' own, where the disk is full
+        raise OutputDirError(
+            f"cannot write {final}: {reason(error)}; make room and go on with --resume auto"
+        ) from error
 
 
 def checkpoints(folder: Path) -> list[Path]:

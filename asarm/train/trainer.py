@@ -25,8 +25,7 @@ from tqdm import tqdm
 from ..data.rows import TrainingRows
 from ..errors import DataFileError, DivergedError, StoppedError, UserError
 from ..rng import generator
-from ..runlog import whole_folder
-from .checkpoint import Checkpoints, load_checkpoint
+from .checkpoint import Checkpoints, load_checkpoint, written_folder
 from .config import OptimizerConfig
 from .logs import TrainingLogs
 from .schedule import lr_factor
@@ -236,7 +235,7 @@ class Trainer:
         comes meanwhile is no longer needed."""
         with StopSignals():
             if self.accelerator.is_main_process:
-                with whole_folder(final) as folder:
+                with written_folder(final) as folder:
                     write(folder)
             self.accelerator.wait_for_everyone()
             self.accelerator.end_training()

@@ -24,8 +24,9 @@ from ..evals.speculative import plain_text
 from ..evals.stats import mean_and_se
 from ..evals.tasks import mask_rows
 from ..model import AnySubsetLM
-from ..runlog import whole_folder, write_json
+from ..runlog import write_json
 from ..tokenizer import TextTokenizer
+from .checkpoint import written_folder
 from .config import ValidationConfig
 from .logs import finite
 
@@ -131,7 +132,7 @@ def keep_if_best(best: Path, done: int, measured: dict[str, float], write: Calla
     those in its ``best.json``; whether it did."""
     if MEAN_NLL not in measured or not measured[MEAN_NLL] < best_so_far(best):
         return False
-    with whole_folder(best) as folder:
+    with written_folder(best) as folder:
         write(folder)
         write_json(folder / BEST_MEASURES, {"step": done} | finite(measured))
     return True

@@ -119,8 +119,13 @@ def test_the_best_folder_is_whole_or_as_it_was(tmp_path):
         (folder / "weights").write_text("half")
         raise KeyboardInterrupt
 
+    def no_room(folder):
+        raise OSError(28, "No space left on device")
+
     best = tmp_path / "best"
     assert keep_if_best(best, 1, {"mean_nll": 2.0}, write("first"))
+    with pytest.raises(OutputDirError, match=r"cannot write .*best: .*No space left.*go on with --resume auto"):
+        keep_if_best(best, 2, {"mean_nll": 1.0}, no_room)
     with pytest.raises(KeyboardInterrupt):
         keep_if_best(best, 2, {"mean_nll": 1.0}, interrupted)
     assert (best / "weights").read_text() == "first" and best_of(tmp_path) == (1, 2.0)
