@@ -8,7 +8,7 @@ from .config import SamplerConfig, require
 from .density import conditional_log_probs
 from .errors import TextError
 from .law import Law
-from .model import AnySubsetLM
+from .network import Network
 from .orders import Order
 from .sampling.decoding import Completion
 from .sampling.sample import sample
@@ -38,14 +38,14 @@ def collate(tasks: list[InfillTask]) -> tuple[torch.Tensor, Order]:
     return ids_BN, Order.from_visible(visible_BN, length_B)
 
 
-def complete(model: AnySubsetLM, tasks: list[InfillTask], config: SamplerConfig, seed: int) -> Completion:
+def complete(model: Network, tasks: list[InfillTask], config: SamplerConfig, seed: int) -> Completion:
     """Sample tasks, a batch at a time."""
     ids_BN, order = collate(tasks)
     return sample(model, ids_BN, order, config, seed, [t.index for t in tasks], BATCH_SIZE)
 
 
 def infill(
-    model: AnySubsetLM,
+    model: Network,
     tokenizer: TextTokenizer,
     text: str,
     config: SamplerConfig | None = None,
@@ -82,7 +82,7 @@ class Score:
 
 
 def score_text(
-    model: AnySubsetLM, tokenizer: TextTokenizer, text: str, fills: list[str] | None = None, law: Law | None = None
+    model: Network, tokenizer: TextTokenizer, text: str, fills: list[str] | None = None, law: Law | None = None
 ) -> Score:
     """Joint log-probability of ``fills``, one for each ``<mask>`` of ``text``; of the whole text where it has none.
 

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import torch
 import yaml
+from transformers import XLNetConfig
 from transformers.utils import logging
 
 from .engine import warn_if_emulated
-from .errors import CheckpointMismatchError, ModelNotFoundError, reason
-from .model import AnySubsetLM
-from .pretrained import require_model
+from .errors import CheckpointMismatchError, ModelNotFoundError, UserError, reason
+from .network import Network
+from .pretrained import load_plain, require_model
 from .tokenizer import TextTokenizer
 
 
@@ -20,14 +21,25 @@ def load(
     tokenizer: str | None = None,
     dtype: str = "float32",
     whitespace_map: str | None = None,
-) -> tuple[AnySubsetLM, TextTokenizer]:
+) -> tuple[Network, TextTokenizer]:
     """Both, on the GPU where there is one; the tokenizer from ``tokenizer`` or from the model's own place."""
     logging.disable_progress_bar()
     loaded_tokenizer = load_tokenizer(model, revision, tokenizer, whitespace_map)
-    loaded = AnySubsetLM.from_pretrained(model, revision=revision, dtype=getattr(torch, dtype))
+    loaded = load_network(model, revision, getattr(torch, dtype))
     check_vocabulary(loaded, loaded_tokenizer)
     warn_if_emulated(this_device(), loaded.dtype, "dtype float32")
     return loaded.to(this_device()).eval(), loaded_tokenizer
+
+
+def load_network(name_or_path: str, revision: str, dtype: torch.dtype) -> Network:
+    """That of :meth:`asarm.model.AnySubsetLM.from_pretrained`, which takes over where the short way does not lead to
+    one: it knows other forms of checkpoint, and why there is none."""
+    try:
+        return load_plain(Network, XLNetConfig, name_or_path, revision, dtype)
+    except (OSError, UserError):
+        from .model import AnySubsetLM
+
+        return AnySubsetLM.from_pretrained(name_or_path, revision=revision, dtype=dtype)
 
 
 def this_device() -> torch.device:
@@ -48,7 +60,7 @@ def load_tokenizer(
     return TextTokenizer.from_pretrained(model, revision, whitespace_map)
 
 
-def check_vocabulary(model: AnySubsetLM, tokenizer: TextTokenizer) -> None:
+def check_vocabulary(model: Network, tokenizer: TextTokenizer) -> None:
     """Raise :class:`CheckpointMismatchError` for a tokenizer with ids that the model does not have."""
     if len(tokenizer) > model.config.vocab_size:
         raise CheckpointMismatchError(
@@ -75,7 +87,7 @@ def load_causal(kind: type, name: str, **settings):
         ) from error
 
 
-def trained_length(model: AnySubsetLM) -> int | None:
+def trained_length(model: Network) -> int | None:
     """Tokens in a row of the model's training, where its folder tells: ``data.max_length`` of the recipe beside the
     weights (``training_config.yaml``, as embedded checkpoints have it) or of the run that made them
     (``../config.yaml``). None where nothing does."""

@@ -6,14 +6,14 @@ from ..draft_head import DraftHead
 from ..drafter import Drafter, Window
 from ..engine import Projection, can_pack
 from ..law import Law, argmin, exponential_noise
-from ..model import AnySubsetLM
+from ..network import Network
 from .clock import as_decoded, median_seconds
 
 FREQUENT = 8192  # tokens of a frequency-ranked draft vocabulary
 
 
 @torch.no_grad()
-def draft_step_seconds(model: AnySubsetLM, k: int, batch_size: int) -> dict[str, float]:
+def draft_step_seconds(model: Network, k: int, batch_size: int) -> dict[str, float]:
     """Seconds for the k steps of a round, distributions and draws included.
 
     ``low_rank``: a correction of rank 128 to the trunk's logits, as the head does it. ``full``: a correction of full

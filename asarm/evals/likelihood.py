@@ -9,7 +9,7 @@ from ..data.sources import read_documents
 from ..density import joint_log_prob, require_memory_for_density
 from ..infilling import collate
 from ..loading import load
-from ..model import AnySubsetLM
+from ..network import Network
 from .stats import mean_and_se
 from .tasks import mask_rows
 
@@ -37,7 +37,7 @@ def held_out_likelihood(config: ScoreConfig) -> dict:
 
 
 def likelihood_at(
-    model: AnySubsetLM, rows: list[np.ndarray], masked_fraction: float, seed: int, batch_size: int
+    model: Network, rows: list[np.ndarray], masked_fraction: float, seed: int, batch_size: int
 ) -> dict[str, float]:
     """Nats per masked token of packed rows, each with its own random visible subset, and their standard error."""
     tasks = mask_rows(rows, 1 - masked_fraction, seed)

@@ -23,7 +23,7 @@ from ..errors import DataFileError
 from ..law import Law
 from ..loading import load
 from ..memory import call_bytes, require_memory
-from ..model import AnySubsetLM
+from ..network import Network
 from ..orders import Order, Rows, random_visible, rows_with_limit
 from ..rng import generator
 from ..tokenizer import TextTokenizer
@@ -72,7 +72,7 @@ def window_rows(order: Order, uniform_BW: torch.Tensor, k: int) -> Rows:
 
 
 @torch.no_grad()
-def make_windows(model: AnySubsetLM, ids_BN: torch.Tensor, order: Order, uniform_BW: torch.Tensor, k: int) -> Windows:
+def make_windows(model: Network, ids_BN: torch.Tensor, order: Order, uniform_BW: torch.Tensor, k: int) -> Windows:
     """One call of the trunk: a state and a teacher for every rank of every window."""
     draft = window_rows(order, uniform_BW, k)
     teacher = rows_with_limit(order, draft.rank_BR, draft.rank_BR, order.length_B)
@@ -109,7 +109,7 @@ def n_learnt(rows: Rows) -> int:
 
 
 def head_losses(
-    model: AnySubsetLM,
+    model: Network,
     head: torch.nn.Module,
     ids_BN: torch.Tensor,
     order: Order,
@@ -127,7 +127,7 @@ def head_losses(
 
 @torch.no_grad()
 def acceptance_by_index(
-    model: AnySubsetLM, head: DraftHead, rows: list[np.ndarray], masked_fraction: float, config: TrainHeadConfig
+    model: Network, head: DraftHead, rows: list[np.ndarray], masked_fraction: float, config: TrainHeadConfig
 ) -> dict[str, list[float]]:
     """Mean probability that a draft, judged by itself, is accepted, given that those before it were, by index in its
     window, for both kinds of window; float32 networks, the law that samples are drawn from."""
@@ -167,7 +167,7 @@ def held_out_rows(config: HeldOutConfig, tokenizer: TextTokenizer, length: int) 
     return rows
 
 
-def require_memory_for_head(model: AnySubsetLM, config: TrainHeadConfig) -> None:
+def require_memory_for_head(model: Network, config: TrainHeadConfig) -> None:
     """Raise :class:`~asarm.errors.MemoryBudgetError` where a pass would not fit."""
     batch, length = config.optimizer.rows_per_pass, config.data.max_length
     n_query = 2 * config.windows.per_row * config.windows.k
