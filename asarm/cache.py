@@ -10,14 +10,14 @@ change once settled.
 """
 
 import torch
-from transformers import XLNetConfig
+from transformers import PreTrainedConfig
 
 
 class SlotCache:
     """Preallocated slots for ``batch`` sequences of ``length`` positions, for every layer; and the relative-position
     keys of that length, [L, H, 2N, D]."""
 
-    def __init__(self, config: XLNetConfig, batch: int, length: int, relative_LHPD: torch.Tensor):
+    def __init__(self, config: PreTrainedConfig, batch: int, length: int, relative_LHPD: torch.Tensor):
         shape = (config.n_layer, batch, 2, config.n_head, length + 1, config.d_head)
         self.key_value_LB2HSD = relative_LHPD.new_zeros(shape)
         self.every_B = torch.arange(batch, device=relative_LHPD.device)
@@ -28,8 +28,9 @@ class SlotCache:
         by_slot_BS2HD = self.key_value_LB2HSD[layer].permute(0, 3, 1, 2, 4)
         by_slot_BS2HD[sequence_B[:, None], rank_BC] = key_value_BC2HD
 
-    def read(self, layer: int, sequence_B: torch.Tensor, n_slots: int) -> tuple[torch.Tensor, ...]:
+    def read(self, layer: int, sequence_B: torch.Tensor, n_slots: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [B, H, S, D] of the sequences' first ``n_slots`` slots: views where all are asked for."""
         every = sequence_B is self.every_B
         key_value_B2HSD = self.key_value_LB2HSD[layer] if every else self.key_value_LB2HSD[layer, sequence_B]
-        return key_value_B2HSD[:, :, :, :n_slots].unbind(1)
+        key_BHSD, value_BHSD = key_value_B2HSD[:, :, :, :n_slots].unbind(1)
+        return key_BHSD, value_BHSD

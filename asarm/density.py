@@ -4,6 +4,8 @@ Training's loss, scoring and every evaluation that needs a probability are this 
 tokens, a query row for every masked rank with its own rank as limit.
 """
 
+from typing import Any
+
 import torch
 from torch.nn import functional as F
 
@@ -52,14 +54,22 @@ class ProjectedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden_TE, weight_VE, bias_V, target_T, weight_T):
+    def forward(
+        ctx: Any,
+        hidden_TE: torch.Tensor,
+        weight_VE: torch.Tensor,
+        bias_V: torch.Tensor,
+        target_T: torch.Tensor,
+        weight_T: torch.Tensor,
+    ) -> torch.Tensor:
         dtype = product_dtype(weight_VE)
         wide = torch.promote_types(dtype, torch.float32)
         total, T = torch.zeros((), dtype=wide, device=hidden_TE.device), len(target_T)
         hidden_TE, target_T, weight_T = (
             F.pad(x, (0,) * (2 * x.ndim - 1) + (-T % ROW_MULTIPLE,)) for x in (hidden_TE, target_T, weight_T)
         )
-        hidden_grads, weight_grad, bias_grad = [], 0, 0
+        hidden_grads: list[torch.Tensor] = []
+        weight_grad, bias_grad = torch.empty(0), torch.zeros_like(bias_V)
         n_rows = trained_rows(hidden_TE.device)
         for first in range(0, len(target_T), n_rows):
             rows = slice(first, first + n_rows)
@@ -79,7 +89,7 @@ class ProjectedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grads, ctx.grads = ctx.grads, None  # scaled in place: the largest is of the size of the vocabulary matrix
         return *(x.mul_(grad) for x in grads), None, None
 

@@ -34,7 +34,9 @@ class Projection:
         self.packed, self.bias_O = packed, bias_O
         self.fused = packed and activation in FUSED_ACTIVATIONS
         self.activation = None if activation is None or self.fused else activation_of(activation)
-        self.post_op = (activation, [], FUSED_ACTIVATIONS[activation]) if self.fused else ("none", [], "")
+        self.post_op: tuple[str, list, str] = ("none", [], "")
+        if activation is not None and self.fused:
+            self.post_op = (activation, [], FUSED_ACTIVATIONS[activation])
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight_OI.contiguous()) if packed else weight_OI
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
@@ -93,7 +95,7 @@ class Engine:
         self.config, self.trunk = model.config, model.transformer
         self.dtype, self.device = model.dtype, model.device
         packed = not compile and can_pack(self.device, self.dtype)
-        self.layers = [EngineLayer(layer, model.config.ff_activation, packed) for layer in self.trunk.layer]
+        self.layers = [EngineLayer(layer, model.config.ff_activation, packed) for layer in model.layers]
         self.vocabulary = Projection(model.lm_loss.weight.detach(), model.lm_loss.bias.detach(), None, packed)
         self.static = compile or self.device.type == "cuda"  # shapes that do not change from round to round
         self.few_rows = FEW_ROWS if packed else 1
@@ -130,7 +132,15 @@ class Engine:
         """Vocabulary projection: [..., E] -> [..., V]."""
         return self.vocabulary(hidden)
 
-    def _rows(self, ids_BC, rows: Rows, order_BN, cache: SlotCache, sequence_B, n_slots) -> torch.Tensor:
+    def _rows(
+        self,
+        ids_BC: torch.Tensor,
+        rows: Rows,
+        order_BN: torch.Tensor,
+        cache: SlotCache,
+        sequence_B: torch.Tensor,
+        n_slots: int,
+    ) -> torch.Tensor:
         (B, C), N = ids_BC.shape, cache.length
         H, D, n_query = self.config.n_head, self.config.d_head, rows.position_BR.shape[1] - C
         few = -(-self.few_rows // B)  # rows that see nothing are added up to here
@@ -145,7 +155,7 @@ class Engine:
         relative_BRS = last - position_BR.clamp(first, last)[:, :, None] + order_BN[:, None, :n_slots]
         relative_BHRS = relative_BRS[:, None].expand(B, H, R, n_slots)
         sees_BR1 = (limit_BR > 0).to(self.dtype)[:, :, None]  # a row that sees nothing has zero attention output
-        rank_BC, by_row = rows.rank_BR[:, :C], (bias_B1RS, relative_BHRS)
+        rank_BC = rows.rank_BR[:, :C]
 
         content_BCE = F.embedding(ids_BC, self.trunk.word_embedding.weight)
         x_BRE = torch.cat([content_BCE, self.trunk.mask_emb.expand(B, R - C, -1)], dim=1)
@@ -153,9 +163,12 @@ class Engine:
             key_value_BC2HD = layer.key_value(x_BRE[:, : max(C, few)])[:, :C].view(B, C, 2, H, D)
             cache.write(index, sequence_B, rank_BC, key_value_BC2HD)
             if index == len(self.layers) - 1 and max(2, few) <= R - C:  # nothing reads the content rows' last states
-                x_BRE, sees_BR1, *by_row = (t[..., C:, :] for t in (x_BRE, sees_BR1, *by_row))
-            key_value_BHSD = cache.read(index, sequence_B, n_slots)
-            attended_BRX = self._attend(layer, *key_value_BHSD, relative_LHPD[index], x_BRE, *by_row)
+                by_row = (x_BRE, sees_BR1, bias_B1RS, relative_BHRS)
+                x_BRE, sees_BR1, bias_B1RS, relative_BHRS = (t[..., C:, :] for t in by_row)
+            key_BHSD, value_BHSD = cache.read(index, sequence_B, n_slots)
+            attended_BRX = self._attend(
+                layer, key_BHSD, value_BHSD, relative_LHPD[index], x_BRE, bias_B1RS, relative_BHRS
+            )
             x_BRE = layer.attention_norm(layer.out(attended_BRX * sees_BR1, x_BRE))
             x_BRE = layer.ff_norm(layer.outer(layer.inner(x_BRE), x_BRE))
         first = C - (R - x_BRE.shape[1])
@@ -166,9 +179,21 @@ class Engine:
         if self.static:
             return 0, length - 1
         position = position_BR[position_BR < length]
-        return tuple(x.item() for x in position.aminmax()) if len(position) else (0, 0)
+        if not len(position):
+            return 0, 0
+        first, last = position.aminmax()
+        return int(first), int(last)
 
-    def _attend(self, layer, key_BHSD, value_BHSD, relative_HPD, x_BRE, bias_B1RS, relative_BHRS) -> torch.Tensor:
+    def _attend(
+        self,
+        layer: EngineLayer,
+        key_BHSD: torch.Tensor,
+        value_BHSD: torch.Tensor,
+        relative_HPD: torch.Tensor,
+        x_BRE: torch.Tensor,
+        bias_B1RS: torch.Tensor,
+        relative_BHRS: torch.Tensor,
+    ) -> torch.Tensor:
         if x_BRE.shape[1] > ROWS_AT_A_TIME:
             by_row = (t.split(ROWS_AT_A_TIME, dim=-2) for t in (x_BRE, bias_B1RS, relative_BHRS))
             parts = [

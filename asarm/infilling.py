@@ -25,6 +25,11 @@ class InfillTask:
     visible: list[bool]
     index: int = 0
 
+    @classmethod
+    def of(cls, masked: MaskedText, index: int = 0) -> "InfillTask":
+        """The task of filling a text's gaps."""
+        return cls(masked.ids, masked.visible, index)
+
 
 def collate(tasks: list[InfillTask]) -> tuple[torch.Tensor, Order]:
     """Tasks of any length as one padded batch: ids [B, N] and their order."""
@@ -60,7 +65,7 @@ def infill(
     require(num_samples >= 1, "num_samples", num_samples, "at least 1")
     masked = tokenizer.encode_masked(text)
     config = without_special_tokens(config or SamplerConfig(), tokenizer)
-    tasks = [InfillTask(masked.ids, masked.visible, index) for index in range(num_samples)]
+    tasks = [InfillTask.of(masked, index) for index in range(num_samples)]
     return [tokenizer.fill(masked, ids) for ids in complete(model, tasks, config, seed).ids_BN.tolist()]
 
 
@@ -88,32 +93,17 @@ def score_text(
 
     A fill's own number of tokens counts, whatever length the gap asks for.
     """
-    if not fills and not GAP.search(text):
-        tokenizer.check_lossless(text)
-        ids = tokenizer.encode(text)
-        if not ids:
-            raise TextError("the text to score is empty")
-        visible = [False] * len(ids)
-    else:
-        ids, visible = _with_fills(tokenizer, tokenizer.encode_masked(text), fills or [])
-    ids_BN, order = collate([InfillTask(ids, visible)])
-    logp_N = conditional_log_probs(model, ids_BN, order, law)[0].tolist()
-    scored = [i for i, given in enumerate(visible) if not given]
-    return Score([tokenizer.decode([ids[i]]) for i in scored], [logp_N[i] for i in scored])
-
-
-def _with_fills(tokenizer: TextTokenizer, masked: MaskedText, fills: list[str]) -> tuple[list[int], list[bool]]:
-    if len(fills) != len(masked.gaps):
-        raise TextError(
-            f"the text has {len(masked.gaps)} gap(s) and {len(fills)} fill(s) were given; give one for each"
-        )
-    ids = tokenizer.encode(masked.pieces[0])
-    visible = [True] * len(ids)
-    for fill, piece in zip(fills, masked.pieces[1:], strict=True):
-        fill_ids, piece_ids = tokenizer.encode(fill), tokenizer.encode(piece)
-        if not fill_ids:
-            raise TextError(f"fill {fill!r} has no token; an empty fill has no probability to score")
+    whole = not fills and not GAP.search(text)
+    pieces, fills = (["", ""], [text]) if whole else (tokenizer.encode_masked(text).pieces, fills or [])
+    if len(fills) != len(pieces) - 1:
+        raise TextError(f"the text has {len(pieces) - 1} gap(s) and {len(fills)} fill(s) were given; give one for each")
+    masked = tokenizer.encode_gaps(pieces, fills)
+    for fill, gap in zip(fills, masked.gaps, strict=True):
         tokenizer.check_lossless(fill)
-        ids += fill_ids + piece_ids
-        visible += [False] * len(fill_ids) + [True] * len(piece_ids)
-    return ids, visible
+        if not gap:
+            what = "the text to score is empty" if whole else f"fill {fill!r} has no token"
+            raise TextError(f"{what}; what is empty has no probability to score")
+    ids_BN, order = collate([InfillTask.of(masked)])
+    logp_N = conditional_log_probs(model, ids_BN, order, law)[0].tolist()
+    scored = [position for gap in masked.gaps for position in gap]
+    return Score([tokenizer.decode([masked.ids[i]]) for i in scored], [logp_N[i] for i in scored])

@@ -28,7 +28,7 @@ class Law:
     top_k: int | None = None
     top_p: float | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.temperature > 0:
             raise ConfigError(
                 f"temperature must be above 0, got {self.temperature}; for the most likely token use greedy"

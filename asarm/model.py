@@ -70,6 +70,6 @@ class AnySubsetLM(Network, PreTrainedModel):
             dtype=dtype,
             **kwargs,
         )
-        for layer in model.transformer.layer:
+        for layer in model.layers:
             layer.rel_attn.freeze_segment_terms()  # the library makes parameters anew when it loads them
         return (model, info) if want_info else model

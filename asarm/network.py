@@ -95,6 +95,11 @@ class Network(Checkpointed):
             self.lm_loss.weight = self.transformer.word_embedding.weight
 
     @property
+    def layers(self) -> list[Layer]:
+        """The transformer's layers, the first one first."""
+        return list(self.transformer.layer)
+
+    @property
     def mask_token_id(self) -> int:
         return getattr(self.config, "mask_token_id", XLNET_MASK_ID)
 
@@ -113,10 +118,11 @@ class Network(Checkpointed):
         encoding_PE = self.transformer.encoding(N)
         query_BQE = self.transformer.mask_emb.expand(B, position_BR.shape[1] - N, -1)
         x_BRE = self._drop(torch.cat([self.transformer.word_embedding(ids_BN), query_BQE], dim=1))
-        for layer in self.transformer.layer[:-1]:
+        *layers, last = self.layers
+        for layer in layers:
             x_BRE = self._run(layer, x_BRE, N, 0, encoding_PE, row_mask)
         # nothing reads the content rows' last hidden states
-        x_BRE = self._run(self.transformer.layer[-1], x_BRE, N, N, encoding_PE, row_mask.after(N))
+        x_BRE = self._run(last, x_BRE, N, N, encoding_PE, row_mask.after(N))
         return self._drop(x_BRE)
 
     def _run(self, layer: Layer, *arguments) -> torch.Tensor:
@@ -130,7 +136,7 @@ class Network(Checkpointed):
         # PyTorch 2.11 writes this kind of reduction without brackets around a size that varies from batch to batch
         broken = "triton.mix_order_reduction"
         options = {broken: False} if broken in torch._inductor.list_options() else {}
-        for layer in self.transformer.layer:
+        for layer in self.layers:
             layer.compile(options=options)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

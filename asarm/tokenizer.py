@@ -8,7 +8,7 @@ writes them as special tokens: its whitespace map, applied to a text before it i
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from itertools import accumulate, chain, groupby
@@ -32,7 +32,8 @@ WORD = re.compile(r"\w+| +|\W")
 
 @dataclass(frozen=True)
 class MaskedText:
-    """A text with gaps as tokens: ids [N] (the mask id inside gaps), ``visible`` [N], and the text between the gaps."""
+    """A text with gaps as tokens: ids [N] (in the gaps the mask id, or a fill's ids), ``visible`` [N] (False in the
+    gaps), the text between the gaps, and the gaps as ranges of positions, some of which may be empty."""
 
     ids: list[int]
     visible: list[bool]
@@ -151,32 +152,37 @@ class TextTokenizer:
     def encode_masked(self, text: str) -> MaskedText:
         """Encode a text with ``<mask>`` (one token) and ``<mask:n>`` (n tokens) gaps; gaps side by side are one.
 
-        Raises :class:`TextError` for a text without a gap, one whose gap is too long (:func:`gap_length`), or one that
-        the vocabulary does not keep.
+        Raises :class:`TextError` for a text without a gap, one whose gap is too long, or one that the vocabulary does
+        not keep.
         """
-        require_gap(text)
-        ids, visible, pieces, gaps, end = [], [], [], [], 0
-        for match in GAP.finditer(text):
-            length = gap_length(match) or 1
-            piece = text[end : match.start()]
-            if piece.endswith(" ") and match[0].startswith(" ") and self._id_of:
-                piece += " "  # one of a run of spaces, which have tokens of their own
-            end = match.end()
-            if gaps and not piece:  # gaps side by side are one
-                gaps[-1] = range(gaps[-1].start, gaps[-1].stop + length)
+        (first, *others), spelled, lengths = split_at_gaps(text)
+        pieces, gaps = [first], []
+        for gap, length, piece in zip(spelled, lengths, others, strict=True):
+            if self._id_of and pieces[-1].endswith(" ") and gap.startswith(" "):
+                pieces[-1] += " "  # one of a run of spaces, which have tokens of their own
+            if gaps and not pieces[-1]:
+                gaps[-1] += length or 1
+                pieces[-1] = piece
             else:
-                self.check_lossless(piece)
+                gaps.append(length or 1)
                 pieces.append(piece)
-                piece_ids = self.encode(piece)
-                ids += piece_ids
-                visible += [True] * len(piece_ids)
-                gaps.append(range(len(ids), len(ids) + length))
-            ids += [self.mask_id] * length
-            visible += [False] * length
-        self.check_lossless(text[end:])
-        pieces.append(text[end:])
-        tail = self.encode(pieces[-1])
-        return MaskedText(ids + tail, visible + [True] * len(tail), pieces, gaps)
+        for piece in pieces:
+            self.check_lossless(piece)
+        return self.encode_gaps(pieces, gaps)
+
+    def encode_gaps(self, pieces: Sequence[str], gaps: Sequence[int | str]) -> MaskedText:
+        """Encode the pieces of a text, one more than there are gaps, and what stands in the gaps: a number of masked
+        tokens, or a fill, as text. Each piece and each fill is encoded by itself; a lossy one is not refused.
+        """
+        encoded = self.encode_batch([*pieces, *(gap for gap in gaps if isinstance(gap, str))])
+        piece_ids, fill_ids = encoded[: len(pieces)], iter(encoded[len(pieces) :])
+        ids, visible, ranges = [*piece_ids[0]], [True] * len(piece_ids[0]), []
+        for gap, after in zip(gaps, piece_ids[1:], strict=True):
+            in_gap = next(fill_ids) if isinstance(gap, str) else [self.mask_id] * gap
+            ranges.append(range(len(ids), len(ids) + len(in_gap)))
+            ids += in_gap + after
+            visible += [False] * len(in_gap) + [True] * len(after)
+        return MaskedText(ids, visible, list(pieces), ranges)
 
     def fill(self, masked: MaskedText, ids: list[int]) -> str:
         """The text with its gaps replaced by what ``ids`` holds there; outside the gaps it is kept to the byte."""
@@ -206,6 +212,19 @@ def require_gap(text: str) -> None:
     """Raise :class:`TextError` for a text with nothing to fill in."""
     if not GAP.search(text):
         raise TextError(f"the text has no <mask> or <mask:n>: {text[:60]!r}; mark what is to be filled in")
+
+
+def split_at_gaps(text: str) -> tuple[list[str], list[str], list[int | None]]:
+    """The pieces between the gaps of a text (one more than gaps), the gaps as they are spelled, each with the space
+    that it swallows, and their lengths (:func:`gap_length`).
+
+    Raises :class:`TextError` for a text without a gap.
+    """
+    require_gap(text)
+    gaps = list(GAP.finditer(text))
+    bounds = [0, *(bound for gap in gaps for bound in gap.span()), len(text)]
+    pieces = [text[a:b] for a, b in zip(bounds[::2], bounds[1::2], strict=True)]
+    return pieces, [gap[0] for gap in gaps], [gap_length(gap) for gap in gaps]
 
 
 def _download(name: str, revision: str) -> str:

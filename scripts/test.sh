@@ -6,4 +6,5 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup.sh
 ruff check .
 ruff format --check .
+mypy
 exec python -m pytest -n "${ASARM_TEST_WORKERS:-2}" --dist worksteal "$@"

@@ -13,14 +13,14 @@ import os
 import re
 import sys
 from collections import defaultdict
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 from ..density import require_memory_for_density
 from ..infilling import InfillTask
 from ..loading import trained_length
 from ..runlog import write_atomic
-from ..tokenizer import TextTokenizer
+from ..tokenizer import MaskedText, TextTokenizer
 from .code_config import CodeInfillConfig
 from .code_tasks import CodeProblem, empty_line, line_above, read_problems
 from .execution import CONTROLS, execute, judge_controls, pass_at_k, wilson_interval
@@ -96,35 +96,33 @@ def fill(run: EvalRun, evaluated: EvaluatedModel, problems: list[CodeProblem]) -
     n, tokenizer = run.config.num_samples, evaluated.tokenizer
     tokenizer.check_lossless(INDENTED)
     encoded = [encode(tokenizer, problem) for problem in problems]
-    require_memory_for_density(evaluated.model, run.config.batch_size, max(len(task.ids) for task in encoded))
-    tasks = [replace(task, index=p * n + s) for p, task in enumerate(encoded) for s in range(n)]
+    require_memory_for_density(evaluated.model, run.config.batch_size, max(len(masked.ids) for masked in encoded))
+    tasks = [InfillTask.of(masked, p * n + s) for p, masked in enumerate(encoded) for s in range(n)]
     changed = [alters(tokenizer, problem) for problem in problems]
 
     def describe(task: InfillTask, ids: list[int]) -> dict:
-        gap = [position for position, given in enumerate(task.visible) if not given]
-        completion = tokenizer.decode_gap(ids, range(gap[0], gap[-1] + 1)) if gap else ""  # some spans are empty
-        return {"altered": changed[task.index // n], **described(problems[task.index // n], completion)}
+        p = task.index // n
+        completion = tokenizer.decode_gap(ids, encoded[p].gaps[0])
+        return {"altered": changed[p], **described(problems[p], completion)}
 
     run.decode(evaluated, tasks, describe)
     trained = trained_length(evaluated.model)
-    return {"trained_length": trained, "longer": sum(len(task.ids) > trained for task in encoded) if trained else None}
-
-
-def parts(problem: CodeProblem) -> tuple[str, str, str]:
-    """Before the gap, in it, and after it."""
-    return problem.prompt, problem.canonical_solution, problem.suffix
+    return {
+        "trained_length": trained,
+        "longer": sum(len(masked.ids) > trained for masked in encoded) if trained else None,
+    }
 
 
 def alters(tokenizer: TextTokenizer, problem: CodeProblem) -> bool:
     """Whether the vocabulary changes any byte of the program."""
-    return any(tokenizer.decode(tokenizer.encode(part)) != part for part in parts(problem))
+    parts = (problem.prompt, problem.canonical_solution, problem.suffix)
+    return any(tokenizer.decode(tokenizer.encode(part)) != part for part in parts)
 
 
-def encode(tokenizer: TextTokenizer, problem: CodeProblem) -> InfillTask:
+def encode(tokenizer: TextTokenizer, problem: CodeProblem) -> MaskedText:
     """The program's tokens, the solution's masked; each of the three parts is encoded by itself, as a user's text with
     a gap is."""
-    before, gap, after = tokenizer.encode_batch(list(parts(problem)))
-    return InfillTask(before + gap + after, [True] * len(before) + [False] * len(gap) + [True] * len(after))
+    return tokenizer.encode_gaps([problem.prompt, problem.suffix], [problem.canonical_solution])
 
 
 def described(problem: CodeProblem, completion: str) -> dict:

@@ -36,7 +36,7 @@ class CodeProblem:
 
 def read_problems(config: CodeInfillConfig) -> tuple[str, list[CodeProblem]]:
     """The file's name, and the first ``limit`` problems of the published file or of any records of its form."""
-    name = config.data_file or f"{FOLDER}/{CODE_BENCHMARKS[config.benchmark]}"
+    name = config.data_file or f"{FOLDER}/{CODE_BENCHMARKS[config.benchmark].file}"
     path = resolve_path(name)
     records = [to_object(record, where) for where, record in iterate_records(path)]
     if not records:

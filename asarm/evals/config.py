@@ -8,8 +8,8 @@ from typing import get_args, get_origin
 from ..command_config import WORDS, SamplingConfig
 from ..config import SamplerConfig, require
 from ..samplers import find_sampler
+from .nlp_tasks import NLP_TASKS
 
-NLP_TASKS = ("rocstories-1of5", "rocstories-3of5", "lambada", "hellaswag", "infill-file")
 ORDERS = ("any-subset", "left-to-right")
 
 
@@ -193,8 +193,10 @@ class NlpInfillConfig(InfillEvalConfig):
         super().__post_init__()
         require(self.task in NLP_TASKS, "task", self.task, f"one of {', '.join(NLP_TASKS)}")
         self.default_output_dir(f"runs/nlp_infill/{self.task}")
-        with_file = self.task != "infill-file" or self.data_file is not None
-        require(with_file, "data_file", self.data_file, "given with the task infill-file: JSON lines with masked texts")
+        with_file = NLP_TASKS[self.task].data_file or self.data_file
+        require(
+            bool(with_file), "data_file", self.data_file, f"given with the task {self.task}, which has none of its own"
+        )
         require(self.trials >= 1, "trials", self.trials, "at least 1")
         enough = self.max_length is None or self.max_length >= 2
         require(enough, "max_length", self.max_length, "at least 2")

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 
 from tqdm import tqdm
 
+from .code_config import CODE_BENCHMARKS
 from .code_tasks import CodeProblem, canonical, empty, pass_statement
 from .sandbox import Sandbox, Verdict
 
@@ -21,10 +22,7 @@ CONTROLS: dict[str, Callable[[CodeProblem], str]] = {
     "control: empty": empty,
     "control: pass": pass_statement,
 }
-# Share of the problems that pass with that completion, measured on the whole published file (docs/code_infill.md):
-# lines that the tests do not miss, such as a branch that they never take
-PASS_BY_CHANCE = {"single-line": {"control: empty": 27 / 1033, "control: pass": 37 / 1033}}
-PASS_BY_CHANCE_ELSEWHERE = 0.25
+PASS_BY_CHANCE = 0.25  # of a benchmark for which it was not measured
 LINES_OF_A_FUNCTION = 6  # a function's problems stand together and pass or fail together: fewer independent ones
 STANDARD_ERRORS = 4
 NEVER_MORE = 0.9  # however few the problems are
@@ -68,6 +66,7 @@ def judge_controls(benchmark: str | None, passed: dict[str, dict[str, bool]]) ->
     ``expected`` and ``highest``, the rate up to which they are as expected. And ``objections``, one line for each thing
     that is wrong.
     """
+    known = {} if benchmark is None else CODE_BENCHMARKS[benchmark].pass_by_chance
     found, wrong = {}, []
     for control, by_task in passed.items():
         rate = sum(by_task.values()) / len(by_task)
@@ -77,7 +76,7 @@ def judge_controls(benchmark: str | None, passed: dict[str, dict[str, bool]]) ->
             if failed:
                 wrong.append(f"{len(failed)} of {len(by_task)} published solutions fail: {', '.join(failed[:5])}")
             continue
-        expected = PASS_BY_CHANCE.get(benchmark, {}).get(control, PASS_BY_CHANCE_ELSEWHERE)
+        expected = known.get(control, PASS_BY_CHANCE)
         independent = max(1.0, len(by_task) / LINES_OF_A_FUNCTION)
         highest = min(NEVER_MORE, expected + STANDARD_ERRORS * math.sqrt(expected * (1 - expected) / independent))
         found[control] |= {"expected": expected, "highest": highest}

@@ -1,10 +1,9 @@
 """What can be had without a model: the least that a number must beat to mean anything."""
 
 from collections import Counter
-from collections.abc import Callable
 
 from ..rng import generator
-from .nlp_tasks import ChoiceItem, GapItem, split_sentences
+from .nlp_items import ChoiceItem, GapItem, split_sentences
 
 
 def sentence_before(items: list[GapItem], seed: int) -> list[str]:
@@ -34,6 +33,7 @@ def context_word(items: list[GapItem], seed: int) -> list[str]:
 
 
 def random_ending(items: list[ChoiceItem], seed: int) -> list[int]:
+    """By the seed and the item's number."""
     return [int(generator(seed, "guess", item.index).integers(len(item.endings))) for item in items]
 
 
@@ -45,21 +45,3 @@ def longest_ending(items: list[ChoiceItem], seed: int) -> list[int]:
 def shortest_ending(items: list[ChoiceItem], seed: int) -> list[int]:
     """By characters."""
     return [min(range(len(item.endings)), key=lambda i: len(item.endings[i])) for item in items]
-
-
-STORY_GUESSERS = {
-    "guess: sentence before": sentence_before,
-    "guess: all given sentences": all_sentences,
-    "guess: next story's": next_story,
-}
-GUESSERS: dict[str, dict[str, Callable[[list, int], list]]] = {
-    "rocstories-1of5": STORY_GUESSERS,
-    "rocstories-3of5": STORY_GUESSERS,
-    "lambada": {"guess: most frequent word": frequent_word, "guess: word of the context": context_word},
-    "hellaswag": {
-        "guess: random": random_ending,
-        "guess: longest": longest_ending,
-        "guess: shortest": shortest_ending,
-    },
-    "infill-file": {},
-}

@@ -13,15 +13,9 @@ from ..density import joint_log_prob, require_memory_for_density
 from ..errors import TextError
 from ..infilling import InfillTask, collate
 from .causal import CausalLM, CausalTask
-from .nlp_tasks import ChoiceItem, Skipped, fitting
+from .nlp_items import ChoiceItem, Skipped, fitting
+from .nlp_tasks import NlpTask, resolve
 from .run import EvalRun, EvaluatedModel
-
-HEADINGS = {
-    "accuracy_sum": "% right, by sum",
-    "accuracy_token": "per token",
-    "accuracy_byte": "per byte",
-    "accuracy_guess": "of a guess",
-}
 
 
 @dataclass(frozen=True)
@@ -38,17 +32,19 @@ class ChoiceTask:
         return self.item.index
 
 
-def choose(run: EvalRun, evaluated: EvaluatedModel, items: list[ChoiceItem], max_length: int | None) -> list[Skipped]:
+def choose(
+    run: EvalRun, task: NlpTask, evaluated: EvaluatedModel, items: list[ChoiceItem], max_length: int | None
+) -> list[Skipped]:
     """Choose with an any-subset model: the ending is masked at the end, so its ascending order is left to right.
     Returns what was left out."""
     model = evaluated.model
 
     def encode(item: ChoiceItem) -> ChoiceTask:
-        context, *endings = evaluated.tokenizer.encode_batch([item.context, *item.endings])
-        if not all(endings):
+        masked = [evaluated.tokenizer.encode_gaps([item.context, ""], [ending]) for ending in item.endings]
+        tokens = [len(m.gaps[0]) for m in masked]
+        if not all(tokens):
             raise TextError("an ending has no token in this vocabulary")
-        sequences = [InfillTask(context + e, [True] * len(context) + [False] * len(e)) for e in endings]
-        return ChoiceTask(item, sequences, [len(e) for e in endings], max(len(task.ids) for task in sequences))
+        return ChoiceTask(item, [InfillTask.of(m) for m in masked], tokens, max(len(m.ids) for m in masked))
 
     def log_probs(tasks: list[InfillTask]) -> list[float]:
         return joint_log_prob(model, *collate(tasks)).tolist()
@@ -62,7 +58,9 @@ def choose(run: EvalRun, evaluated: EvaluatedModel, items: list[ChoiceItem], max
     return skipped
 
 
-def choose_causal(run: EvalRun, model: CausalLM, items: list[ChoiceItem], max_length: int | None) -> list[Skipped]:
+def choose_causal(
+    run: EvalRun, task: NlpTask, model: CausalLM, items: list[ChoiceItem], max_length: int | None
+) -> list[Skipped]:
     """The same with a left-to-right model."""
 
     def encode(item: ChoiceItem) -> ChoiceTask:
@@ -111,10 +109,10 @@ def chosen(item: ChoiceItem, log_probs: list[float], tokens: list[int]) -> dict:
     return record
 
 
-def guess_choices(run: EvalRun, guessers: dict[str, Callable], items: list[ChoiceItem]) -> None:
+def guess_choices(run: EvalRun, task: NlpTask, items: list[ChoiceItem]) -> None:
     """Record what can be had without a model."""
-    for system, guesser in guessers.items():
-        choices = dict(zip((item.index for item in items), guesser(items, run.config.seed), strict=True))
+    for system, guesser in task.guessers.items():
+        choices = dict(zip((item.index for item in items), resolve(guesser)(items, run.config.seed), strict=True))
         for item in run.todo(system, items):
             choice = choices[item.index]
             record = {"label": item.label, "choice": choice, "accuracy_guess": 100.0 * (choice == item.label)}

@@ -13,50 +13,25 @@ from ..loading import trained_length
 from .causal import CausalLM
 from .config import NlpInfillConfig
 from .gaps import fill, fill_causal, guess_fills
-from .guessers import GUESSERS
-from .multiple_choice import HEADINGS as CHOICE_HEADINGS
 from .multiple_choice import choose, choose_causal, guess_choices
-from .nlp_tasks import Item, read_items
+from .nlp_items import Item, read_items
+from .nlp_tasks import NLP_TASKS, NlpTask
 from .run import EvalRun
 from .stats import interval, mean_and_se, table, with_interval
-
-COST = {
-    "gap_tokens": "gap (tokens)",
-    "nfe_per_token": "NFE/token",
-    "log_prob_per_token": "log-prob/token",
-    "seconds_per_sequence": "s/text",
-}
-ROUGE = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "rouge_mean": "mean"}
-WORD = {"exact_match": "% right", "word_log_prob": "log-prob of the word"}
-SECONDS = {"seconds_per_sequence": "s/text"}
-HEADINGS = {
-    "rocstories-1of5": ROUGE | COST,
-    "rocstories-3of5": ROUGE | COST,
-    "lambada": WORD | COST,
-    "hellaswag": CHOICE_HEADINGS | SECONDS,
-    "infill-file": ROUGE | COST,
-}
-TOLD_LENGTH = "each model is told the gap's true length in its own tokens"
-PROTOCOL = {
-    "rocstories-1of5": f"sentence 3 hidden; {TOLD_LENGTH}",
-    "rocstories-3of5": f"sentences 2-4 hidden; {TOLD_LENGTH}",
-    "lambada": f"the last word hidden; {TOLD_LENGTH}",
-    "hellaswag": "the ending with the highest joint log-probability",
-    "infill-file": "gaps as long as the file says, or as their references",
-}
 
 
 def evaluate(config: NlpInfillConfig) -> dict:
     """Run, or go on with, the evaluation; returns what ``summary.json`` holds."""
-    source, items, not_read = read_items(config.task, config.data_file, config.limit)
+    task = NLP_TASKS[config.task]
+    source, items, not_read = read_items(task, config.data_file, config.limit)
     run = EvalRun(config)
-    models = evaluate_all(run, items)
+    models = evaluate_all(run, task, items)
 
     def summarise(records: dict[str, list[dict]]) -> dict:
         return {
-            "samplers": {system: summary_row(of_system) for system, of_system in records.items()},
+            "samplers": {system: summary_row(task, of_system) for system, of_system in records.items()},
             "text": source,
-            "protocol": PROTOCOL[config.task],
+            "protocol": task.protocol,
             "num_rows": len(items) + len(not_read),
             "num_texts": len(items),
             "skipped_rows": [vars(row) for row in not_read],
@@ -66,32 +41,32 @@ def evaluate(config: NlpInfillConfig) -> dict:
     return run.finish(summarise)
 
 
-def evaluate_all(run: EvalRun, items: list[Item]) -> dict[str, dict]:
+def evaluate_all(run: EvalRun, task: NlpTask, items: list[Item]) -> dict[str, dict]:
     """Left-to-right models, any-subset models, guessers, on the same texts; returns for each model how long a text it
     takes (None: not known) and which it left out."""
     config, found = run.config, {}
-    choosing = config.task == "hellaswag"
-    guess, causal, model = (guess_choices, choose_causal, choose) if choosing else (guess_fills, fill_causal, fill)
+    choosing = (guess_choices, choose_causal, choose)
+    guess, causal, model = choosing if task.choices else (guess_fills, fill_causal, fill)
     for name in config.causal_lm:
         lm = CausalLM.from_pretrained(name, config.dtype)
         run.log.identify(lm.system, {"weights": lm.fingerprint})
         max_length = min((n for n in (config.max_length, lm.max_length) if n), default=None)
-        skipped = causal(run, lm, items, max_length)
+        skipped = causal(run, task, lm, items, max_length)
         found[lm.system] = {"max_length": max_length, "skipped": [vars(s) for s in skipped]}
     for evaluated in run.models():
         max_length = config.max_length or trained_length(evaluated.model)
-        skipped = model(run, evaluated.without_special_tokens(), items, max_length)
+        skipped = model(run, task, evaluated.without_special_tokens(), items, max_length)
         if not evaluated.prefix and len(skipped) == len(items):
             raise TextError(f"{config.model} can be asked none of {len(items)} texts; the first: {skipped[0].reason}")
         label = evaluated.prefix.strip() or config.model
         found[label] = {"max_length": max_length, "skipped": [vars(s) for s in skipped]}
-    guess(run, GUESSERS[config.task], items)
+    guess(run, task, items)
     return found
 
 
-def measures(record: dict) -> dict[str, float]:
+def measures(task: NlpTask, record: dict) -> dict[str, float]:
     """What a record contributes to its system's row."""
-    found = {key: record[key] for key in (*ROUGE, *WORD, *CHOICE_HEADINGS) if key in record}
+    found = {key: record[key] for key in task.headings if key in record}
     if "masked" in record:
         found["gap_tokens"] = record["masked"]
         found |= {f"{key}_per_token": record[key] / record["masked"] for key in ("nfe", "log_prob") if key in record}
@@ -100,13 +75,13 @@ def measures(record: dict) -> dict[str, float]:
     return found
 
 
-def summary_row(records: list[dict]) -> dict:
+def summary_row(task: NlpTask, records: list[dict]) -> dict:
     """Means over texts (of a text's mean over trials) with standard errors and 95 % intervals."""
     row = {"sequences": len(records), "lossless": all(r.get("lossless", True) for r in records)}
     row["altered"] = sum(r.get("altered", False) for r in records)
     of_text: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
-        for key, value in measures(record).items():
+        for key, value in measures(task, record).items():
             of_text[key][record.get("row", record["index"])].append(value)
     for key, by_text in of_text.items():
         values = [math.fsum(of_trials) / len(of_trials) for of_trials in by_text.values()]
@@ -121,13 +96,14 @@ def summary_row(records: list[dict]) -> dict:
 def report(summary: dict) -> str:
     """What was measured, the table, and what took no part."""
     config = summary["config"]
-    task, rows = config["task"], summary["samplers"]
+    task, rows = NLP_TASKS[config["task"]], summary["samplers"]
     trials = f", {config['trials']} trials" if config["trials"] > 1 else ""
     title = (
-        f"{config['model']}, {task}: {summary['num_texts']} texts of {summary['text']}{trials}, k = {config['k']}, "
-        f"batches of {config['batch_size']}, {config['dtype']}; {summary['protocol']}; mean [95 % interval over texts]"
+        f"{config['model']}, {task.name}: {summary['num_texts']} texts of {summary['text']}{trials}, "
+        f"k = {config['k']}, batches of {config['batch_size']}, {config['dtype']}; {summary['protocol']}; "
+        "mean [95 % interval over texts]"
     )
-    headings = {key: text for key, text in HEADINGS[task].items() if any(key in row for row in rows.values())}
+    headings = {key: text for key, text in task.headings.items() if any(key in row for row in rows.values())}
     lines = [title, table(rows, headings, lambda row, key: with_interval(row, key) if key in row else "-")]
     for name, row in rows.items():
         if "perplexity" in row:

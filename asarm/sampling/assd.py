@@ -41,8 +41,9 @@ def assd_one_pass_round(state: Decoding) -> None:
     only its rows are projected onto the vocabulary. A head is told the tokens that its states have not seen, so for it
     one window of 2k ranks is enough, whatever is accepted.
     """
-    k = state.config.k
-    draft, query = state.draft, _tested_rows(state, state.draft, n_exact=0)
+    k, draft = state.config.k, state.draft
+    assert draft is not None  # Decoding makes one for a sampler that drafts ahead
+    query = _tested_rows(state, draft, n_exact=0)
     ahead = _branches(state) if state.drafter is None else _window(state)
     state.put(draft.rows, draft.ids_BK)
     hidden_BQE = state.hidden(query.followed_by(ahead), draft_end_B=state.settled_B + k, n_drafts=k)
@@ -97,13 +98,14 @@ def accept(state: Decoding, draft: Draft, n_exact: int, query: Rows, logits_BQV:
     target_BKV = target_BQV[:, :K]
     draft_prob_BK, target_prob_BK = chosen(draft_BKV, draft_ids_BK), chosen(target_BKV, draft_ids_BK)
     uniform_BK = state.uniforms(state.accept_uniform_KBN, draft.rows.rank_BR)[:, n_exact:]
+    weight_B11: torch.Tensor | float = 1.0
     if state.config.verifies_blocks:
         weight_BA = prefix_weights(draft_prob_BK, target_prob_BK, tested_BK)
         accepted_B = accepted_block(weight_BA, draft_BKV, target_BKV, uniform_BK, tested_BK)
         weight_B11 = weight_BA.gather(1, accepted_B[:, None])[..., None]
     else:
         slack = state.config.accept_slack
-        accepted_B, weight_B11 = accepted_prefix(draft_prob_BK, target_prob_BK, uniform_BK, tested_BK, slack), 1
+        accepted_B = accepted_prefix(draft_prob_BK, target_prob_BK, uniform_BK, tested_BK, slack)
     kept_BK = torch.arange(K, device=accepted_B.device) < accepted_B[:, None]
     state.logp_B += target_prob_BK.log().where(kept_BK, 0).sum(1)
     state.proposed_BK[:, n_exact:] += tested_BK

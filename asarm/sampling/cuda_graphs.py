@@ -43,7 +43,8 @@ class Replay:
 
     def __init__(self, play_round: Round):
         self.play_round = play_round
-        self._recorded, self._met = {}, set()
+        self._recorded: dict[int, tuple[torch.cuda.CUDAGraph, int]] = {}
+        self._met: set[int] = set()
 
     def __call__(self, state: Decoding) -> None:
         width = state.backlog
@@ -62,7 +63,7 @@ class Replay:
     def _play(self, state: Decoding) -> None:
         before = state.draft
         self.play_round(state)
-        if before is not None:
+        if before is not None and state.draft is not None:
             before.copy_(state.draft)
             state.draft = before
 
@@ -78,7 +79,7 @@ def shape_by_shape(function: Callable) -> Callable:
     most = torch._dynamo.config.accumulated_recompile_limit
     limits = torch._dynamo.config.patch(recompile_limit=most, fail_on_recompile_limit_hit=True)
 
-    def call(*arguments):
+    def call(*arguments: object) -> object:
         try:
             with limits:
                 return by_shape(*arguments)

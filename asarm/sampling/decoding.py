@@ -126,7 +126,8 @@ class Decoding:
         self._check(ids_TN, order, indices, batch_size)
         self._waiting, self._waiting_ids_TN, self._seed, self._indices = order, ids_TN, seed, indices
         self._n_visible_T, self._length_T = order.n_visible_B.tolist(), order.length_B.tolist()
-        self._next, self._number_in = 0, {}  # the next sequence to enter; lane -> number of the sequence in it
+        self._next = 0  # the sequence to enter next
+        self._number_in: dict[int, int] = {}  # lane -> number of the sequence in it
 
         (T, N), device = ids_TN.shape, ids_TN.device
         B = min(batch_size, T)
@@ -143,7 +144,7 @@ class Decoding:
         self.uniform_XBN = torch.zeros(1 + 2 * config.k, B, N, dtype=torch.float64, device=device)
         by_purpose = self.uniform_XBN.split([1, config.k, config.k])
         self.target_uniform_1BN, self.draft_uniform_KBN, self.accept_uniform_KBN = by_purpose
-        self.draft = None  # where rounds draft ahead: what the next call verifies
+        self.draft: Draft | None = None  # where rounds draft ahead: what the next call verifies
         if config.sampler.drafts_ahead:
             self.draft = Draft.none(self.rows(self.settled_B, self.settled_B, config.k), model.config.vocab_size)
         self.logp_B = torch.zeros(B, dtype=torch.float64, device=device)
@@ -241,9 +242,9 @@ class Decoding:
     def rows(self, start_B: torch.Tensor, end_B: torch.Tensor, width: int) -> Rows:
         return rows_at_ranks(self.order, start_B, torch.minimum(end_B, self.order.length_B), width)
 
-    def call(self, query: Rows, **arguments) -> torch.Tensor:
+    def call(self, query: Rows, draft_end_B: torch.Tensor | None = None, n_drafts: int = 0) -> torch.Tensor:
         """Logits [B, Q, V] of the query rows; one network call (:meth:`hidden`)."""
-        return self.engine.logits(self.hidden(query, **arguments))
+        return self.engine.logits(self.hidden(query, draft_end_B, n_drafts))
 
     def hidden(
         self,

@@ -35,6 +35,7 @@ def head_draft(state: Decoding, rows: Rows, states_BWE: torch.Tensor, first_B: t
     ``states_BWE`` are the hidden states of a window of ranks, in which ``rows`` begin at row ``first_B``; the first row
     of the window misses ``n_missing`` tokens before it. Where nothing is missing the law is the target's.
     """
+    assert state.drafter is not None  # Decoding has asked for it
     W, K = states_BWE.shape[1], rows.rank_BR.shape[1]
     rank_BW = (rows.rank_BR[:, 0] - first_B)[:, None] + torch.arange(W, device=first_B.device)
     before_BW = previous_ids(state.ids_BS, state.order, rank_BW, state.model.mask_token_id)

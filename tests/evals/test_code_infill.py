@@ -18,7 +18,7 @@ from scipy.stats import binomtest
 
 from asarm.errors import ConfigError, DataFileError, SandboxError, TextError
 from asarm.evals.code_config import CODE_BENCHMARKS, CodeInfillConfig
-from asarm.evals.code_infill import alters, encode, evaluate, parts, report
+from asarm.evals.code_infill import alters, encode, evaluate, report
 from asarm.evals.code_tasks import CodeProblem, empty_line, line_above, pass_statement, read_problems
 from asarm.evals.execution import judge_controls, pass_at_k, wilson_interval
 from asarm.evals.metrics import code_similarity
@@ -302,8 +302,10 @@ def test_how_many_programs_are_longer_than_the_rows_of_tiny_codes_training():
 @pytest.mark.parametrize(("benchmark", "count"), [("single-line", 1033), ("multi-line", 5815)])
 def test_the_published_problems_survive_the_vocabulary_to_the_byte(data_dir, benchmark, count):
     name, problems = read_problems(CodeInfillConfig(benchmark=benchmark))
-    assert name.endswith(CODE_BENCHMARKS[benchmark]) and len(problems) == count
-    texts = sorted({part for problem in problems[:1033] for part in parts(problem)})
+    assert name.endswith(CODE_BENCHMARKS[benchmark].file) and len(problems) == count
+    texts = sorted(
+        {part for problem in problems[:1033] for part in (problem.prompt, problem.canonical_solution, problem.suffix)}
+    )
     for model in ("tiny-code", "tiny-english"):
         tokenizer = TextTokenizer.from_pretrained(model)
         assert [tokenizer.decode(ids) for ids in tokenizer.encode_batch(texts)] == texts

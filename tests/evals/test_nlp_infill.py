@@ -14,6 +14,7 @@ from asarm.errors import ConfigError, TextError
 from asarm.evals.config import NlpInfillConfig
 from asarm.evals.metrics import rouge
 from asarm.evals.nlp_infill import evaluate, report, summary_row
+from asarm.evals.nlp_tasks import NLP_TASKS
 from asarm.infilling import without_special_tokens
 from asarm.loading import trained_length
 from asarm.runlog import read_lines
@@ -55,7 +56,7 @@ def test_rouge_against_a_hand_worked_case():
 
 def test_a_text_counts_once_however_often_it_was_filled():
     records = [{"index": i, "row": i % 2, "rouge1": value} for i, value in enumerate((10.0, 20.0, 30.0, 60.0))]
-    row = summary_row(records)  # text 0: 10 and 30, text 1: 20 and 60
+    row = summary_row(NLP_TASKS["rocstories-1of5"], records)  # text 0: 10 and 30, text 1: 20 and 60
     assert (row["sequences"], row["texts"], row["rouge1"]) == (4, 2, 30.0)
     assert row["rouge1_se"] == pytest.approx(10.0)
     assert row["rouge1_low"] == 20.0 and row["rouge1_high"] == 40.0
