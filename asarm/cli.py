@@ -1,4 +1,4 @@
-"""``python -m asarm``: infill, score, train, train-draft-head, the evaluations and the benchmarks.
+"""``python -m asarm``: infill, score, export, train, train-draft-head, the evaluations and the benchmarks.
 
 Every command takes ``--config FILE.yaml`` with ``--key value`` over it, in any order; ``--print_config`` shows the
 result. A mistake of the user's is one line on standard error and exit status 2; a training run that a signal stopped
@@ -17,7 +17,7 @@ import docstring_parser
 from jsonargparse import ActionConfigFile, ActionYesNo, ArgumentParser
 
 from .bench.config import BenchDecodeConfig, BenchTrainConfig
-from .command_config import InfillConfig, ScoreConfig
+from .command_config import ExportConfig, InfillConfig, ScoreConfig
 from .errors import EXIT_STOPPED, ConfigError, StoppedError, UserError
 from .evals.code_config import CodeInfillConfig
 from .evals.config import DecodingConfig, NlpInfillConfig, SpeculativeConfig
@@ -35,7 +35,7 @@ def run_infill(config: InfillConfig) -> None:
     from .infilling import infill
     from .loading import load
 
-    model, tokenizer = load(config.model, config.revision, config.tokenizer, whitespace_map=config.whitespace_map)
+    model, tokenizer = load(config.model, config.revision, **config.tokenizer_settings)
     texts = infill(model, tokenizer, text, config.sampler_config(config.sampler), config.num_samples, config.seed)
     if config.json:
         print(json.dumps(asdict(config) | {"text": text, "infills": texts}, ensure_ascii=False))
@@ -45,9 +45,17 @@ def run_infill(config: InfillConfig) -> None:
 
 def run_score(config: ScoreConfig) -> None:
     if config.data_file is not None:
+        from .data.packing import pack_all
+        from .data.sources import read_documents
         from .evals.likelihood import held_out_likelihood
+        from .loading import load
 
-        result = held_out_likelihood(config)
+        documents = read_documents(config.data_file)
+        model, tokenizer = load(config.model, config.revision, **config.tokenizer_settings)
+        rows = pack_all(documents, tokenizer, config.max_length, config.num_sequences)
+        table = held_out_likelihood(model, rows, config.masked_fractions, config.seed, config.batch_size)
+        about = {key: getattr(config, key) for key in ("model", "data_file", "max_length")}
+        result = about | {"rows": len(rows), "likelihood": table}
         lines = [
             f"{row['masked_fraction']:7.2f}  {row['nll_per_token']:.4f} +- {row['nll_per_token_se']:.4f} nats/token  "
             f"({row['tokens']} tokens)"
@@ -63,12 +71,18 @@ def run_score(config: ScoreConfig) -> None:
         from .infilling import score_text
         from .loading import load
 
-        model, tokenizer = load(config.model, config.revision, config.tokenizer, whitespace_map=config.whitespace_map)
+        model, tokenizer = load(config.model, config.revision, **config.tokenizer_settings)
         score = score_text(model, tokenizer, given, config.fills)
         result = asdict(score) | {"log_prob": score.log_prob}
         lines = [f"{logp:9.4f}  {token!r}" for token, logp in zip(score.tokens, score.log_probs, strict=True)]
         text = "\n".join([*lines, f"{score.log_prob:9.4f}  nats, {len(score.tokens)} tokens"])
     print(json.dumps(result, ensure_ascii=False) if config.json else text)
+
+
+def run_export(config: ExportConfig) -> None:
+    from .export import export
+
+    print(f"model: {export(config)}")
 
 
 def run_train(config: TrainConfig) -> None:
@@ -143,6 +157,7 @@ def _text(text: str) -> str:
 COMMANDS = {
     "infill": (InfillConfig, run_infill),
     "score": (ScoreConfig, run_score),
+    "export": (ExportConfig, run_export),
     "train": (TrainConfig, run_train),
     "train-draft-head": (TrainHeadConfig, run_train_draft_head),
 }

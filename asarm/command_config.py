@@ -1,4 +1,4 @@
-"""Settings of the commands that use a model: those they share, and those of infill and score.
+"""Settings of the commands that use a model: those they share, and those of infill, score and export.
 
 Those of the evaluations, which build on them, are in :mod:`asarm.evals.config`. Imports nothing heavy.
 """
@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from .config import SamplerConfig, require
 
+DTYPES = ("float32", "bfloat16")
 WORDS = {"separator": ","}  # a list field that may also be given as one word with commas
 
 
@@ -19,7 +20,10 @@ class ModelConfig:
         revision: of a Hub id.
         tokenizer: folder or Hub id with a tokenizer.json (default: the model's own).
         whitespace_map: code where the checkpoint was trained on programs as the published revision code was: line
-            breaks, tabs and double spaces as special tokens of XLNet's vocabulary.
+            breaks, tabs and double spaces as special tokens of XLNet's vocabulary (default: as stored with the
+            tokenizer; training stores it).
+        document_end: special tokens after every document that is packed, <sep><cls></s> for the published checkpoints
+            (default: as stored with the tokenizer, else <eod>).
         seed: of masks and samples.
         json: print one JSON object instead of plain text.
     """
@@ -28,11 +32,44 @@ class ModelConfig:
     revision: str = "main"
     tokenizer: str | None = None
     whitespace_map: str | None = None
+    document_end: str | None = None
     seed: int = 0
     json: bool = False
 
     def __post_init__(self):
         require(self.seed >= 0, "seed", self.seed, "0 or more")
+
+    @property
+    def tokenizer_settings(self) -> dict[str, str | None]:
+        """Those that :func:`asarm.loading.load` takes."""
+        return {key: getattr(self, key) for key in ("tokenizer", "whitespace_map", "document_end")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Write a model as a folder that asarm and transformers load.
+
+    Args:
+        model: embedded name (tiny-english), folder (a training run's checkpoint, too) or Hub id.
+        revision: of a Hub id.
+        tokenizer: folder or Hub id with a tokenizer.json (default: the model's own).
+        whitespace_map: to store with the tokenizer (default: as it is stored now).
+        document_end: to store with the tokenizer (default: as it is stored now, else <eod>).
+        output_dir: a new or empty folder; receives config.json, model.safetensors, the tokenizer's files,
+            training_config.yaml where there is one, and draft_head/ where the model has one.
+        dtype: of the weights: float32 or bfloat16.
+    """
+
+    model: str
+    output_dir: str
+    revision: str = "main"
+    tokenizer: str | None = None
+    whitespace_map: str | None = None
+    document_end: str | None = None
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        require(self.dtype in DTYPES, "dtype", self.dtype, " or ".join(DTYPES))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,13 +23,11 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedConfig
-from transformers.utils import cached_file
 
-from .embedded import resolve_model
 from .errors import CheckpointMismatchError, ConfigError, ModelNotFoundError, reason
 from .network import Network
 from .orders import Order
-from .pretrained import WEIGHTS, Checkpointed, load_plain
+from .pretrained import WEIGHTS, Checkpointed, find_file, load_plain
 
 FOLDER = "draft_head"  # beside the trunk's own files
 EMBEDDING_STD = 0.02  # of random weights
@@ -231,15 +229,7 @@ def require_trunk(head: DraftHead, trunk: Network, name: str) -> None:
 
 def find_draft_head(name_or_path, trunk: Network, revision: str = "main") -> DraftHead | None:
     """The head that lies beside a model, or None where there is none; one for another trunk is refused."""
-    found = cached_file(
-        resolve_model(name_or_path, revision),
-        "config.json",
-        subfolder=FOLDER,
-        revision=revision,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-        _raise_exceptions_for_gated_repo=False,
-    )
+    found = find_file(name_or_path, "config.json", revision, FOLDER)
     return None if found is None else DraftHead.from_pretrained(name_or_path, trunk, revision)
 
 

@@ -11,8 +11,10 @@ from transformers.utils import logging
 from .engine import warn_if_emulated
 from .errors import CheckpointMismatchError, ModelNotFoundError, UserError, reason
 from .network import Network
-from .pretrained import load_plain, require_model
+from .pretrained import find_file, load_plain, require_model
 from .tokenizer import TextTokenizer
+
+RECIPE = "training_config.yaml"  # of a model, beside its weights
 
 
 def load(
@@ -21,10 +23,12 @@ def load(
     tokenizer: str | None = None,
     dtype: str = "float32",
     whitespace_map: str | None = None,
+    document_end: str | None = None,
 ) -> tuple[Network, TextTokenizer]:
-    """Both, on the GPU where there is one; the tokenizer from ``tokenizer`` or from the model's own place."""
+    """Both, on the GPU where there is one; the tokenizer from ``tokenizer`` or from the model's own place, with the
+    whitespace map and the document end that are stored there, unless they are given."""
     logging.disable_progress_bar()
-    loaded_tokenizer = load_tokenizer(model, revision, tokenizer, whitespace_map)
+    loaded_tokenizer = load_tokenizer(model, revision, tokenizer, whitespace_map, document_end)
     loaded = load_network(model, revision, getattr(torch, dtype))
     check_vocabulary(loaded, loaded_tokenizer)
     warn_if_emulated(this_device(), loaded.dtype, "dtype float32")
@@ -51,13 +55,17 @@ def this_device() -> torch.device:
 
 
 def load_tokenizer(
-    model: str | None, revision: str, tokenizer: str | None, whitespace_map: str | None = None
+    model: str | None,
+    revision: str,
+    tokenizer: str | None,
+    whitespace_map: str | None = None,
+    document_end: str | None = None,
 ) -> TextTokenizer:
     """``tokenizer`` if it is named, else the model's own at the model's revision."""
     if tokenizer:
-        return TextTokenizer.from_pretrained(tokenizer, whitespace_map=whitespace_map)
+        return TextTokenizer.from_pretrained(tokenizer, whitespace_map=whitespace_map, document_end=document_end)
     require_model(model, revision)  # of a model that does not exist, not the tokenizer is what is missing
-    return TextTokenizer.from_pretrained(model, revision, whitespace_map)
+    return TextTokenizer.from_pretrained(model, revision, whitespace_map, document_end)
 
 
 def check_vocabulary(model: Network, tokenizer: TextTokenizer) -> None:
@@ -87,14 +95,19 @@ def load_causal(kind: type, name: str, **settings):
         ) from error
 
 
+def read_recipe(name: str, revision: str = "main") -> str | None:
+    """The settings of a model's training, where they lie beside its weights (``training_config.yaml``)."""
+    found = find_file(name, RECIPE, revision)
+    return None if found is None else found.read_text(encoding="utf-8")
+
+
+def row_length(recipe: str | None) -> int | None:
+    """Tokens in a row of the training that a recipe describes (``data.max_length``); None where it does not tell."""
+    settings = yaml.safe_load(recipe or "")
+    data = settings.get("data") if isinstance(settings, dict) else None
+    return data.get("max_length") if isinstance(data, dict) else None
+
+
 def trained_length(model: Network) -> int | None:
-    """Tokens in a row of the model's training, where its folder tells: ``data.max_length`` of the recipe beside the
-    weights (``training_config.yaml``, as embedded checkpoints have it) or of the run that made them
-    (``../config.yaml``). None where nothing does."""
-    folder = Path(model.name_or_path)
-    for recipe in (folder / "training_config.yaml", folder.parent / "config.yaml"):
-        if folder.is_dir() and recipe.is_file():
-            settings = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-            data = settings.get("data") if isinstance(settings, dict) else None
-            return data.get("max_length") if isinstance(data, dict) else None
-    return None
+    """Tokens in a row of the training of a model that was loaded from a folder; None where nothing tells."""
+    return row_length(read_recipe(model.name_or_path)) if Path(model.name_or_path).is_dir() else None

@@ -15,7 +15,7 @@ from transformers import initialization as init
 from .attention import RelativeAttention
 from .embedded import resolve_model
 from .network import Network, Trunk, require_architecture
-from .pretrained import load_whole, model_not_found
+from .pretrained import load_whole, model_not_found, pretrained_loader
 
 
 class AnySubsetLM(Network, PreTrainedModel):
@@ -55,7 +55,8 @@ class AnySubsetLM(Network, PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, name_or_path, *args, revision: str = "main", dtype=torch.float32, **kwargs):
-        """Load an embedded checkpoint (``tiny-english``), a local folder, or a Hub id at a ``revision``.
+        """Load an embedded checkpoint (``tiny-english``), a local folder (a training run's checkpoint, too) or a Hub id
+        at a ``revision``.
 
         Weights are float32 unless ``dtype`` says otherwise. Raises :class:`ModelNotFoundError` for a name that does
         not resolve and :class:`CheckpointMismatchError` where the weights are not exactly those that the
@@ -63,7 +64,7 @@ class AnySubsetLM(Network, PreTrainedModel):
         """
         want_info = kwargs.pop("output_loading_info", False)
         model, info = load_whole(
-            partial(super().from_pretrained, resolve_model(name_or_path, revision), *args),
+            pretrained_loader(super().from_pretrained, XLNetConfig, resolve_model(name_or_path, revision), *args),
             f"checkpoint {str(name_or_path)!r}",
             partial(model_not_found, name_or_path, revision),
             revision=revision,

@@ -1,8 +1,14 @@
-"""Checkpoints by name: which files a name stands for, loading all of their parameters or none, fingerprints."""
+"""Checkpoints by name: which files a name stands for, loading all of their parameters or none, fingerprints.
+
+A checkpoint of a training run (``runs/x/checkpoints/step-0000500``) holds the weights of its model or draft head in
+``state.pt``, with what the run needs to go on, and is loaded from there like any other.
+"""
 
 import hashlib
 import json
+import pickle
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,6 +26,7 @@ from .errors import CheckpointMismatchError, ModelNotFoundError, reason
 
 Model = TypeVar("Model", bound=nn.Module)
 WEIGHTS = "model.safetensors"
+STATE = "state.pt"  # of a training run's checkpoint
 
 
 class Checkpointed(nn.Module):
@@ -86,19 +93,22 @@ def load_plain(
     dtype: torch.dtype,
     subfolder: str = "",
 ) -> Model:
-    """What ``make`` makes of a configuration, with the weights that lie beside it in one file (``WEIGHTS``); in
-    evaluation mode.
+    """What ``make`` makes of a configuration, with the weights that lie beside it in one file (``WEIGHTS``), or in the
+    checkpoint of a training run; in evaluation mode.
 
-    Hugging Face's loading, for this one form of checkpoint, without its import, which takes seconds. Raises
-    :class:`OSError` where a file is missing and :class:`CheckpointMismatchError` for files that are broken or do not
-    hold exactly the parameters that the configuration describes.
+    Hugging Face's loading, for these forms alone, without its import, which takes seconds. Raises :class:`OSError`
+    where a file is missing and :class:`CheckpointMismatchError` for files that are broken or do not hold exactly the
+    parameters that the configuration describes.
     """
     path, place = resolve_model(name_or_path, revision), {"revision": revision, "subfolder": subfolder}
     what = f"checkpoint {str(Path(name_or_path, subfolder))!r}"
     try:
         config = config_class.from_pretrained(path, **place)
-        file = cached_file(path, WEIGHTS, **place, _commit_hash=getattr(config, "_commit_hash", None))
-        stored = load_file(file)
+        if (state := Path(path) / STATE).is_file() and not Path(path, subfolder, WEIGHTS).exists():
+            stored = trained_weights(state)
+        else:
+            commit = getattr(config, "_commit_hash", None)
+            stored = load_file(cached_file(path, WEIGHTS, **place, _commit_hash=commit))
     except (SafetensorError, StrictDataclassError) as error:
         raise CheckpointMismatchError(f"{what} is broken: {reason(error)}") from error
     config.name_or_path = path
@@ -115,10 +125,58 @@ def load_plain(
     return module.eval()
 
 
+def find_file(name_or_path, file: str, revision: str = "main", folder: str = "") -> Path | None:
+    """A file that a model may have, in a ``folder`` of its place or beside the weights; None where there is none."""
+    found = cached_file(
+        resolve_model(name_or_path, revision),
+        file,
+        subfolder=folder,
+        revision=revision,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        _raise_exceptions_for_gated_repo=False,
+    )
+    return None if found is None else Path(found)
+
+
+def pretrained_loader(from_pretrained: Callable[..., Model], config_class: type, place: str, *args) -> Callable:
+    """``from_pretrained`` (of ``PreTrainedModel``) with its place filled in: a folder or a Hub id, or a checkpoint of a
+    training run, in which only the configuration is."""
+    if (Path(place) / STATE).is_file() and not (Path(place) / WEIGHTS).exists():
+        return partial(_from_state, from_pretrained, config_class, place, *args)
+    return partial(from_pretrained, place, *args)
+
+
+def _from_state(
+    from_pretrained: Callable[..., tuple[Model, dict]],
+    config_class: type,
+    folder: str,
+    *args,
+    **settings,
+) -> tuple[Model, dict]:
+    config = config_class.from_pretrained(folder)
+    weights = trained_weights(Path(folder) / STATE)
+    model, info = from_pretrained(None, *args, config=config, state_dict=weights, **settings)
+    model.name_or_path = model.config.name_or_path = folder
+    return model, info
+
+
+def trained_weights(file: Path) -> dict[str, torch.Tensor]:
+    """The weights that count in the state of a training run, the moving average where there is one, by the model's own
+    names; they are read from the disk when they are looked at."""
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        weights = state["average"] or state["model"]
+    except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError, TypeError) as error:
+        raise CheckpointMismatchError(f"{file} is no state of a training run, or damaged: {reason(error)}") from error
+    weights = {name.removeprefix("module."): x for name, x in weights.items() if name != "n_averaged"}
+    return {name.removeprefix("model."): x for name, x in weights.items()}  # beside the loss that is trained
+
+
 def load_whole(
     load: Callable[..., tuple[Model, dict]], what: str, not_found: Callable[[str], ModelNotFoundError], **settings
 ) -> tuple[Model, dict]:
-    """A model and its loading info from ``load``, a ``PreTrainedModel.from_pretrained`` with its place filled in.
+    """A model and its loading info from ``load``, of :func:`pretrained_loader`.
 
     Raises what ``not_found`` makes of the reason where there are no files, and :class:`CheckpointMismatchError` for
     files (``what`` names them) that are broken or do not hold exactly the parameters of their config.json.

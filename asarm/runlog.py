@@ -1,10 +1,13 @@
-"""What a run leaves behind: its output folder, metrics and records line by line, provenance."""
+"""What a run leaves behind: folders and files that are whole or absent, records line by line, provenance."""
 
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from uuid import uuid4
@@ -61,6 +64,47 @@ def _write_beside(path: Path, text: str) -> Path:
         file.flush()
         os.fsync(file.fileno())
     return partial
+
+
+@contextmanager
+def whole_folder(final: Path) -> Iterator[Path]:
+    """A folder to fill, which takes the name ``final``, and the place of what had it, when it is complete and on the
+    disk."""
+    partial = final.with_name(f".partial-{final.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    for path in (path for path in partial.rglob("*") if path.is_file()):
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    removed = _without_name(final) if final.exists() else None
+    os.replace(partial, final)
+    if removed is not None:
+        shutil.rmtree(removed)
+
+
+def restore_folder(final: Path) -> None:
+    """Give a folder its name back that a kill in :func:`whole_folder` left without it, before the new one had it."""
+    removed = _removed(final)
+    if final.exists():
+        shutil.rmtree(removed, ignore_errors=True)
+    elif removed.exists():
+        os.replace(removed, final)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder, which has no longer its name while only a part of it is there."""
+    shutil.rmtree(_without_name(folder))
+
+
+def _removed(folder: Path) -> Path:
+    return folder.with_name(f".removed-{folder.name}")
+
+
+def _without_name(folder: Path) -> Path:
+    shutil.rmtree(_removed(folder), ignore_errors=True)
+    os.replace(folder, _removed(folder))
+    return _removed(folder)
 
 
 def append_line(path: Path, record: dict) -> None:

@@ -5,6 +5,9 @@ Hugging Face's ``<mask>`` does, because a word's first token carries its leading
 
 XLNet's vocabulary has no line breaks and collapses spaces. A checkpoint that was trained on programs all the same
 writes them as special tokens: its whitespace map, applied to a text before it is encoded and undone in decoding.
+
+That map, and what stands after every document, are stored with the tokenizer as a model was trained
+(:mod:`asarm.tokenizer_files`).
 """
 
 import re
@@ -16,8 +19,8 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from .embedded import resolve_model
 from .errors import ConfigError, ModelNotFoundError, TextError, UserError, reason
+from .tokenizer_files import TOKENIZER, find_tokenizer, write_settings
 
 # XLNet's special tokens, at their ids 0..8.
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<cls>", "<sep>", "<pad>", "<mask>", "<eod>", "<eop>")
@@ -27,6 +30,7 @@ SPELLED = r"<(?=(?:" + "|".join(t.strip("<>") for t in SPECIAL_TOKENS) + ")>)"  
 # "code" is the map of Guo & Ermon's published code checkpoint. Their fourth rule, three spaces to <pad>, comes last and
 # so never applies: pairs of spaces are gone by then. A space left over is lost, as it was in their training data.
 WHITESPACE_MAPS = {"code": {"\n": "<cls>", "\t": "<sep>", "  ": "<unk>"}}
+DOCUMENT_END = "<eod>"  # Guo & Ermon's checkpoints were trained with <sep><cls></s>
 WORD = re.compile(r"\w+| +|\W")
 
 
@@ -57,14 +61,22 @@ class Difference:
 class TextTokenizer:
     """Encodes plain text without adding special tokens; special tokens spelled out in a text are text.
 
-    ``whitespace_map`` names one of ``WHITESPACE_MAPS``. ``special_ids`` are the special tokens that stand for no text.
+    ``whitespace_map`` names one of ``WHITESPACE_MAPS``; ``document_end`` is a run of special tokens, the ids of which
+    :attr:`document_end` holds. ``special_ids`` are the special tokens that stand for no text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, name: str = "tokenizer", whitespace_map: str | None = None):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        name: str = "tokenizer",
+        whitespace_map: str | None = None,
+        document_end: str | None = None,
+    ):
         if whitespace_map is not None and whitespace_map not in WHITESPACE_MAPS:
             raise ConfigError(f"whitespace_map must be one of {', '.join(WHITESPACE_MAPS)}, got {whitespace_map!r}")
         mapped = WHITESPACE_MAPS.get(whitespace_map, {})
-        missing = [t for t in ("<mask>", "<eod>", *mapped.values()) if tokenizer.token_to_id(t) is None]
+        end = special_tokens(DOCUMENT_END if document_end is None else document_end)
+        missing = [t for t in ("<mask>", *end, *mapped.values()) if tokenizer.token_to_id(t) is None]
         if missing:
             raise TextError(
                 f"{name} has no {', '.join(missing)} token; an any-subset model needs XLNet's special tokens"
@@ -74,7 +86,8 @@ class TextTokenizer:
         tokenizer.no_padding()
         self.backend = tokenizer
         self.mask_id = tokenizer.token_to_id("<mask>")
-        self.separator_id = tokenizer.token_to_id("<eod>")
+        self.whitespace_map = whitespace_map
+        self.document_end = tuple(map(tokenizer.token_to_id, end))
         self._id_of = {text: tokenizer.token_to_id(token) for text, token in mapped.items()}
         self._whitespace_of = {id_: text for text, id_ in self._id_of.items()}
         self._mapped = re.compile(f"({'|'.join(mapped)})" if mapped else "(?!)")  # without a map: nowhere
@@ -86,24 +99,31 @@ class TextTokenizer:
 
     @classmethod
     def from_pretrained(
-        cls, name_or_path: str | Path, revision: str = "main", whitespace_map: str | None = None
+        cls,
+        name_or_path: str | Path,
+        revision: str = "main",
+        whitespace_map: str | None = None,
+        document_end: str | None = None,
     ) -> "TextTokenizer":
-        """Load ``tokenizer.json`` of an embedded model, a local folder or a Hub id."""
-        path = Path(resolve_model(name_or_path, revision))
-        if path.is_dir():
-            file = path / "tokenizer.json"
-            if not file.is_file():
-                raise ModelNotFoundError(
-                    f"{path} has no tokenizer.json; name a folder or Hub id that has, with --tokenizer"
-                )
-        else:
-            file = _download(str(name_or_path), revision)
+        """Load ``tokenizer.json`` of an embedded model, a local folder or a Hub id; a setting that is not given is the
+        one stored beside it."""
+        file, settings = find_tokenizer(name_or_path, revision)
+        given = {"whitespace_map": whitespace_map, "document_end": document_end}
+        settings |= {key: value for key, value in given.items() if value is not None}
         try:
-            return cls(Tokenizer.from_file(str(file)), str(name_or_path), whitespace_map)
+            return cls(Tokenizer.from_file(str(file)), str(name_or_path), **settings)
         except UserError:
             raise
         except Exception as error:  # the library raises a bare Exception for a malformed file
             raise ModelNotFoundError(f"{file} is not a fast tokenizer ({reason(error)})") from error
+
+    def save_pretrained(self, folder: str | Path, max_length: int | None = None) -> None:
+        """Write ``tokenizer.json`` and ``tokenizer_config.json``, for :meth:`from_pretrained` and for ``AutoTokenizer``
+        of transformers. ``max_length`` is the number of tokens in a row of the model's training, where it is known."""
+        self.backend.save(str(Path(folder) / TOKENIZER))
+        end = "".join(map(self.backend.id_to_token, self.document_end))
+        known = [token for token in SPECIAL_TOKENS if self.backend.token_to_id(token) is not None]
+        write_settings(Path(folder), known, end, self.whitespace_map, max_length)
 
     def __len__(self) -> int:
         return self.backend.get_vocab_size()
@@ -247,16 +267,16 @@ def split_at_gaps(text: str) -> tuple[list[str], list[str], list[int | None]]:
     return pieces, [gap[0] for gap in gaps], [gap_length(gap) for gap in gaps]
 
 
-def _download(name: str, revision: str) -> str:
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return hf_hub_download(name, "tokenizer.json", revision=revision)
-    except Exception as error:  # the hub raises its own, requests' and plain OSErrors
-        raise ModelNotFoundError(
-            f"no tokenizer.json for {name!r} at revision {revision!r}: give --tokenizer with a folder or a Hub id that "
-            f"has one (xlnet/xlnet-base-cased, for instance) ({reason(error)})"
-        ) from error
+def special_tokens(run: str) -> list[str]:
+    """The tokens of a text that holds nothing but special tokens; raises :class:`ConfigError` for another one."""
+    tokens = re.findall("<[^<>]*>", run)
+    allowed = [token for token in SPECIAL_TOKENS if token != "<mask>"]
+    if not tokens or "".join(tokens) != run or not set(tokens) <= set(allowed):
+        raise ConfigError(
+            f"document_end must be special tokens side by side (of {' '.join(allowed)}), as in <sep><cls></s>, "
+            f"got {run!r}"
+        )
+    return tokens
 
 
 def train_byte_level_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from jsonargparse import CLI
 
-from asarm import AnySubsetLM
 from asarm.embedded import ASSETS
+from asarm.export import write_model
+from asarm.loading import RECIPE, load
 
 
 def main(run: str, name: str) -> None:
@@ -21,9 +22,8 @@ def main(run: str, name: str) -> None:
     """
     source, target = Path(run), ASSETS / name
     target.mkdir(parents=True, exist_ok=True)
-    AnySubsetLM.from_pretrained(source / "final").half().save_pretrained(target)
-    shutil.copy(source / "final" / "tokenizer.json", target)
-    shutil.copy(source / "config.yaml", target / "training_config.yaml")
+    model, tokenizer = load(str(source / "final"))
+    write_model(target, model.half(), tokenizer, (source / "final" / RECIPE).read_text(encoding="utf-8"))
     shutil.copy(source / "metrics.jsonl", target / "training_metrics.jsonl")
     size = sum(file.stat().st_size for file in target.iterdir())
     print(f"{target}: {size / 2**20:.1f} MiB")

@@ -9,24 +9,24 @@ from pathlib import Path
 from jsonargparse import CLI
 
 from asarm.data.sources import read_documents
-from asarm.tokenizer import train_byte_level_bpe
+from asarm.tokenizer import TextTokenizer, train_byte_level_bpe
 
 
 def main(data_file: str, output_dir: str, vocab_size: int = 8192, sources: list[str] | None = None) -> None:
-    """Write OUTPUT_DIR/tokenizer.json.
+    """Write OUTPUT_DIR/tokenizer.json and tokenizer_config.json.
 
     Args:
         data_file: training text.
-        output_dir: folder for tokenizer.json.
+        output_dir: folder for them.
         vocab_size: number of pieces, the nine special tokens and 256 bytes included.
         sources: only documents whose source starts with one of these.
     """
     documents = read_documents(data_file)
     texts = [d.text for d in documents if not sources or d.source.startswith(tuple(sources))]
-    tokenizer = train_byte_level_bpe(texts, vocab_size)
+    tokenizer = TextTokenizer(train_byte_level_bpe(texts, vocab_size))
     Path(output_dir).mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(Path(output_dir) / "tokenizer.json"))
-    print(f"{tokenizer.get_vocab_size()} pieces from {len(texts)} documents in {output_dir}/tokenizer.json")
+    tokenizer.save_pretrained(output_dir)
+    print(f"{len(tokenizer)} pieces from {len(texts)} documents in {output_dir}/tokenizer.json")
 
 
 if __name__ == "__main__":

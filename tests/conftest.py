@@ -11,7 +11,7 @@ import torch
 from training_runs import write_text
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, XLNetConfig
 
-from asarm import AnySubsetLM
+from asarm import AnySubsetLM, TextTokenizer
 from asarm.draft_head import DraftHead
 from asarm.drafter import attach_draft_head
 from asarm.embedded import ASSETS
@@ -94,3 +94,23 @@ def small_gpt2(tmp_path_factory):
 def valid_of(arguments) -> torch.Tensor:
     """``valid_BK`` among the arguments of an acceptance rule: the one mask."""
     return next(value for value in arguments if torch.is_tensor(value) and value.dtype == torch.bool)
+
+
+TEXTS = [
+    "Tom lost his hat.",
+    " Two  spaces,\ta tab,\n\na newline, “quotes”, naïve 雪.",
+    "def f(x):\n    return x\n",
+    "",
+]
+
+
+def assert_same_tokenizer(theirs, ours: TextTokenizer) -> None:
+    """``theirs`` is that of transformers."""
+    for text in TEXTS:
+        ids = theirs.encode(text, add_special_tokens=False)
+        assert ids == ours.encode(text)
+        assert theirs.decode(ids) == ours.decode(ids) == text
+    assert (theirs.mask_token, theirs.mask_token_id) == ("<mask>", ours.mask_id)
+    assert theirs.convert_tokens_to_ids(["<s>", "</s>"]) == [theirs.bos_token_id, theirs.eos_token_id] == [1, 2]
+    others = (theirs.unk_token, theirs.sep_token, theirs.cls_token, theirs.pad_token)
+    assert others == ("<unk>", "<sep>", "<cls>", "<pad>")

@@ -22,12 +22,17 @@ MAX_ROWS = 10_000  # of a Hub data set; an evaluation reads no more
 
 
 def load_text(
-    dataset: str = "auto", data_file: str | None = None, dataset_config: str | None = None, split: str = "validation"
+    dataset: str = "auto",
+    data_file: str | None = None,
+    dataset_config: str | None = None,
+    split: str = "validation",
+    text_column: str = "text",
 ) -> tuple[str, list[Document]]:
-    """Documents, and a line that says where they come from. ``data_file`` goes before ``dataset``."""
+    """Documents, and a line that says where they come from. ``data_file`` goes before ``dataset``; ``text_column`` is
+    that of the file's records or of a Hub data set's."""
     local = os.environ.get("ASARM_DATA_DIR")
     if data_file is not None:
-        return data_file, read_documents(data_file, wikitext=dataset == "wikitext")
+        return data_file, read_documents(data_file, text_column, wikitext=dataset == "wikitext")
     if dataset == "auto":
         dataset = "english-valid" if local and (Path(local) / ENGLISH_VALID).is_file() else "samples"
     if dataset == "samples":
@@ -40,13 +45,13 @@ def load_text(
         if local and (Path(local) / WIKITEXT_VALID).is_file():
             return f"$ASARM_DATA_DIR/{WIKITEXT_VALID}", read_documents(str(Path(local) / WIKITEXT_VALID), wikitext=True)
         dataset, dataset_config = WIKITEXT_HUB
-    return f"{dataset} ({split})", _from_hub(dataset, dataset_config, split)
+    return f"{dataset} ({split})", _from_hub(dataset, dataset_config, split, text_column)
 
 
-def _from_hub(name: str, config: str | None, split: str) -> list[Document]:
-    rows = open_hub(name, config, split)
+def _from_hub(name: str, config: str | None, split: str, text_column: str) -> list[Document]:
+    rows = open_hub(name, config, split, text_column=text_column)
     with explained(name, config, split):
-        documents = [to_document(row, "text", f"data set {name!r}") for row in rows.take(MAX_ROWS)]
+        documents = [to_document(row, text_column, f"data set {name!r}") for row in rows.take(MAX_ROWS)]
     if name == WIKITEXT_HUB[0]:  # one line a row: put the articles together again
         lines = (d.text if d.text.endswith("\n") else d.text + "\n" for d in documents)
         documents = list(split_raw(lines, wikitext=True))

@@ -1,4 +1,4 @@
-"""Documents to rows of a fixed length: concatenated, with a separator after each, and cut.
+"""Documents to rows of a fixed length: concatenated, with the document end after each, and cut.
 
 Nothing is dropped. Training wraps an epoch's last row around to the epoch's beginning; evaluation keeps it as a
 shorter row.
@@ -15,17 +15,27 @@ from ..rng import generator
 from ..tokenizer import TextTokenizer
 from .sources import Document
 
+TOKENIZED_TOGETHER = 256  # documents
+
 
 def tokenize(documents: list[Document], tokenizer: TextTokenizer) -> list[np.ndarray]:
-    """Each document's ids followed by the separator."""
+    """Each document's ids followed by those of the document end."""
     encoded = tokenizer.encode_batch([d.text for d in documents])
-    return [np.array([*ids, tokenizer.separator_id], dtype=np.int32) for ids in encoded]
+    return [np.array([*ids, *tokenizer.document_end], dtype=np.int32) for ids in encoded]
 
 
-def pack_all(documents: list[Document], tokenizer: TextTokenizer, max_length: int) -> list[np.ndarray]:
-    """Rows of ``max_length`` ids in reading order; the last one may be shorter (one of a single token is not kept:
-    nothing to predict)."""
-    stream = np.concatenate(tokenize(documents, tokenizer))
+def pack_all(
+    documents: list[Document], tokenizer: TextTokenizer, max_length: int, n_rows: int | None = None
+) -> list[np.ndarray]:
+    """Rows of ``max_length`` ids in reading order, all or the first ``n_rows``; the text's last one may be shorter (one
+    of a single token is not kept: nothing to predict)."""
+    encoded, n_tokens = [], 0
+    for start in range(0, len(documents), TOKENIZED_TOGETHER):
+        encoded.append(np.concatenate(tokenize(documents[start : start + TOKENIZED_TOGETHER], tokenizer)))
+        n_tokens += len(encoded[-1])
+        if n_rows is not None and n_tokens >= n_rows * max_length:
+            break
+    stream = np.concatenate(encoded)[: None if n_rows is None else n_rows * max_length]
     rows = [stream[i : i + max_length] for i in range(0, len(stream), max_length)]
     return [row for row in rows if len(row) > 1]
 

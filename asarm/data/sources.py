@@ -54,9 +54,9 @@ def resolve_path(name: str) -> Path:
     return found[0]
 
 
-def read_documents(name: str, wikitext: bool = False) -> list[Document]:
+def read_documents(name: str, text_column: str = "text", wikitext: bool = False) -> list[Document]:
     """All documents of a file (:func:`iterate_documents`); raises :class:`DataFileError` also where there is none."""
-    documents = list(iterate_documents(resolve_path(name), wikitext=wikitext))
+    documents = list(iterate_documents(resolve_path(name), text_column, wikitext))
     if not documents:
         raise DataFileError(f"data file {name!r} holds no text")
     return documents

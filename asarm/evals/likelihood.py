@@ -3,37 +3,26 @@
 import numpy as np
 from tqdm import tqdm
 
-from ..command_config import ScoreConfig
-from ..data.packing import pack_all
-from ..data.sources import read_documents
 from ..density import joint_log_prob, require_memory_for_density
+from ..errors import DataFileError
 from ..infilling import collate
-from ..loading import load
 from ..network import Network
 from .stats import mean_and_se
 from .tasks import mask_rows
 
 
-def held_out_likelihood(config: ScoreConfig) -> dict:
-    """Nats per masked token, given a random visible subset, at each of ``masked_fractions``.
+def held_out_likelihood(
+    model: Network, rows: list[np.ndarray], masked_fractions: list[float], seed: int, batch_size: int
+) -> list[dict[str, float]]:
+    """Nats per masked token of packed rows, given a random visible subset, at each of ``masked_fractions``.
 
     The mean is over tokens; its standard error treats each row's mean as one observation.
     """
-    documents = read_documents(config.data_file)
-    model, tokenizer = load(config.model, config.revision, config.tokenizer, whitespace_map=config.whitespace_map)
-    rows = pack_all(documents, tokenizer, config.max_length)[: config.num_sequences]
-    require_memory_for_density(model, config.batch_size, config.max_length)
-    table = [
-        likelihood_at(model, rows, fraction, config.seed, config.batch_size)
-        for fraction in tqdm(config.masked_fractions, desc="masking rates")
-    ]
-    return {
-        "model": config.model,
-        "data_file": config.data_file,
-        "max_length": config.max_length,
-        "rows": len(rows),
-        "likelihood": table,
-    }
+    if not rows:
+        raise DataFileError("the text makes no row of two tokens or more, so there is nothing to score; give more text")
+    require_memory_for_density(model, batch_size, max(map(len, rows)))
+    fractions = tqdm(masked_fractions, desc="masking rates")
+    return [likelihood_at(model, rows, fraction, seed, batch_size) for fraction in fractions]
 
 
 def likelihood_at(

@@ -66,7 +66,7 @@ class EvalRun:
         for baseline in config.baselines:
             models.append((f"{baseline} ", *name_and_revision(baseline)))
         for prefix, name, revision in models:
-            model, tokenizer = load(name, revision, config.tokenizer, config.dtype, config.whitespace_map)
+            model, tokenizer = load(name, revision, dtype=config.dtype, **config.tokenizer_settings)
             self.log.identify(f"{prefix}model", {"weights": model.fingerprint()})
             has = all_samplers(model)
             names = has if not config.samplers else config.samplers

@@ -1,20 +1,21 @@
 """Checkpoints that are either whole or absent, and finding the newest."""
 
-import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from zipfile import BadZipFile, ZipFile
 
 import torch
 
 from ..errors import ConfigError, DiskSpaceError, OutputDirError, reason
+from ..pretrained import STATE
+from ..runlog import remove_folder, whole_folder
 
 STEP_DIR = re.compile(r"step-(\d+)$")
-# settings that may differ when a run goes on: they change what is written, how fast, or the rounding, but not the task
+# Settings that may differ when a run goes on: they change what is written, how fast, or the rounding, but not the task
 # (rows_per_pass also changes which numbers dropout draws)
 FREE_KEYS = (
     *("output_dir", "resume", "num_threads", "checkpoint_every", "keep_checkpoints", "log_every", "wandb"),
@@ -26,48 +27,41 @@ FREE_KEYS = (
 PARTS = ("step", "model", "optimizer", "average", "data", "skipped", "config")  # of a checkpoint's state
 
 
-def save_checkpoint(folder: Path, state: dict, keep: int) -> Path:
-    """Write ``folder/step-NNNNNNN``; all but the ``keep`` newest are removed.
+@dataclass(frozen=True)
+class Checkpoints:
+    """The checkpoints ``step-NNNNNNN`` of a run in ``folder``, one every ``every`` steps, of which the ``keep`` newest
+    stay. A state holds the run's ``settings``; with the files that ``describe`` writes beside it, a checkpoint is a
+    model like any other."""
 
-    Raises :class:`OutputDirError` where it cannot be written; those before it are still there.
-    """
-    final = folder / f"step-{state['step']:07d}"
-    for unfinished in folder.glob(".*-step-*"):  # as a kill leaves it
-        shutil.rmtree(unfinished)
-    try:
-        with whole_folder(final) as partial, open(partial / "state.pt", "wb") as file:
-            torch.save(state, file)
-    except (OSError, RuntimeError) as error:  # torch's own, where the disk is full
-        raise OutputDirError(
-            f"cannot write the checkpoint {final}: {reason(error)}; make room and go on with --resume auto"
-        ) from error
-    for old in checkpoints(folder)[:-keep]:
-        _remove(old)
-    return final
+    folder: Path
+    every: int
+    keep: int
+    settings: dict
+    describe: Callable[[Path], None]
 
+    def due(self, done: int) -> bool:
+        return done % self.every == 0
 
-@contextmanager
-def whole_folder(final: Path) -> Iterator[Path]:
-    """A folder to fill, which takes the name ``final``, and the place of what had it, when it is complete and on the
-    disk."""
-    partial = final.with_name(f".partial-{final.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    yield partial
-    for path in (path for path in partial.rglob("*") if path.is_file()):
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-    if final.exists():
-        _remove(final)
-    os.replace(partial, final)
+    def save(self, state: dict) -> Path:
+        """Write the checkpoint of a state (``PARTS`` but for the settings), and remove those that are too old.
 
-
-def _remove(folder: Path) -> None:
-    """Remove a folder, which has no longer its name while only a part of it is there."""
-    removed = folder.with_name(f".removed-{folder.name}")
-    shutil.rmtree(removed, ignore_errors=True)
-    os.replace(folder, removed)
-    shutil.rmtree(removed)
+        Raises :class:`OutputDirError` where it cannot be written; those before it are still there.
+        """
+        final = self.folder / f"step-{state['step']:07d}"
+        for unfinished in self.folder.glob(".*-step-*"):  # as a kill leaves it
+            shutil.rmtree(unfinished)
+        try:
+            with whole_folder(final) as partial:
+                self.describe(partial)
+                with open(partial / STATE, "wb") as file:
+                    torch.save(state | {"config": self.settings}, file)
+        except (OSError, RuntimeError) as error:  # torch's own, where the disk is full
+            raise OutputDirError(
+                f"cannot write the checkpoint {final}: {reason(error)}; make room and go on with --resume auto"
+            ) from error
+        for old in checkpoints(self.folder)[: -self.keep]:
+            remove_folder(old)
+        return final
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -83,7 +77,7 @@ def newest_valid(folder: Path) -> Path | None:
     found = checkpoints(folder)
     for path in reversed(found):
         try:
-            with ZipFile(path / "state.pt") as archive:  # torch.load does not look at the checksums
+            with ZipFile(path / STATE) as archive:  # torch.load does not look at the checksums
                 if damaged := archive.testzip():
                     raise BadZipFile(f"wrong checksum of {damaged}")
             return path
@@ -96,7 +90,7 @@ def newest_valid(folder: Path) -> Path | None:
 
 def load_checkpoint(path: Path, mmap: bool = False) -> dict:
     """Its state; with ``mmap`` tensors are read from the disk only where they are looked at."""
-    state = torch.load(path / "state.pt", map_location="cpu", weights_only=True, mmap=mmap)
+    state = torch.load(path / STATE, map_location="cpu", weights_only=True, mmap=mmap)
     if missing := [part for part in PARTS if part not in state]:
         raise OutputDirError(f"{path} is no checkpoint of a training run: it has no {', '.join(missing)}")
     return state
@@ -104,7 +98,7 @@ def load_checkpoint(path: Path, mmap: bool = False) -> dict:
 
 def require_disk_space(folder: Path, state_bytes: int, keep: int) -> None:
     """Raise :class:`DiskSpaceError` where ``keep`` checkpoints and the one being written would not fit."""
-    present = sum(file.stat().st_size for path in checkpoints(folder) for file in path.glob("state.pt"))
+    present = sum(file.stat().st_size for path in checkpoints(folder) for file in path.glob(STATE))
     need, free = (keep + 1) * state_bytes - present, shutil.disk_usage(folder.parent).free
     if need > free:
         raise DiskSpaceError(

@@ -11,6 +11,7 @@ from ..errors import ConfigError
 OBJECTIVES = ("joint", "parallel")
 PROMPT_ATTENTION = ("prompt_and_decoded", "prompt_only", "causal")
 LOSS_SCALES = ("none", "masking_rate", "snr")
+LOSS_AVERAGES = ("per_token", "per_row_mean")
 PRECISIONS = ("auto", "bf16", "fp32")
 RESUME = ("never", "auto", "must")
 
@@ -62,11 +63,15 @@ class ObjectiveConfig:
             prompt, and of what was decoded what precedes it; causal: what precedes it.
         loss_scale: weight of a row with masking rate m: none (1), masking_rate (m) or snr (m / (1 - m), the inverse of
             its signal-to-noise ratio).
+        loss_average: over a step's targets. per_token: each counts alike, so a row in which twice as many are masked
+            counts twice as much. per_row_mean: the mean of the rows' own means, each row counts alike, as in the code
+            of Guo & Ermon (their scale_by_none is none with per_row_mean).
     """
 
     name: str = "joint"
     prompt_attention: str = "prompt_and_decoded"
     loss_scale: str = "none"
+    loss_average: str = "per_token"
 
     def __post_init__(self):
         require(self.name in OBJECTIVES, "objective.name", self.name, f"one of {', '.join(OBJECTIVES)}")
@@ -74,6 +79,8 @@ class ObjectiveConfig:
         require(self.prompt_attention in PROMPT_ATTENTION, "objective.prompt_attention", self.prompt_attention, rule)
         rule = f"one of {', '.join(LOSS_SCALES)}"
         require(self.loss_scale in LOSS_SCALES, "objective.loss_scale", self.loss_scale, rule)
+        rule = f"one of {', '.join(LOSS_AVERAGES)}"
+        require(self.loss_average in LOSS_AVERAGES, "objective.loss_average", self.loss_average, rule)
 
 
 @dataclass(frozen=True)
@@ -128,11 +135,17 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class ValidationConfig:
-    """Measures on held-out text while a model is trained, in validation.jsonl.
+    """Measures on held-out text while a model is trained, in validation.jsonl and generations.jsonl. The weights with
+    the lowest mean of the negative log-likelihoods are kept in best/.
 
     Args:
-        file: JSON lines or raw text; without it nothing is measured.
-        rows: packed rows from its beginning.
+        file: JSON lines, Parquet or raw text; without file and dataset nothing is measured.
+        dataset: instead of a file: samples, english-valid or wikitext (as in eval speculative), or a Hub data set id or
+            folder.
+        dataset_config: configuration name of a Hub data set.
+        split: of a Hub data set.
+        text_column: where a record of JSON lines, Parquet or the data set holds its text.
+        rows: packed rows from the text's beginning.
         masked_fractions: shares of a row's tokens that are masked, for the joint log-likelihood.
         generations: rows of which generation_masked_fraction is drawn anew with assd; 0 for none.
         generation_masked_fraction: share of their tokens that is drawn.
@@ -144,6 +157,10 @@ class ValidationConfig:
     """
 
     file: str | None = None
+    dataset: str | None = None
+    dataset_config: str | None = None
+    split: str = "validation"
+    text_column: str = "text"
     rows: int = 64
     masked_fractions: list[float] = field(default_factory=lambda: [0.15, 0.5, 0.95])
     generations: int = 8
@@ -161,7 +178,14 @@ class ValidationConfig:
         for fraction in (*self.masked_fractions, self.generation_masked_fraction):
             require(0 < fraction <= 1, "validation: a masked fraction", fraction, "in (0, 1]")
         require(self.seed >= 0, "validation.seed", self.seed, "0 or more")
-        require(self.judge is None or self.file is not None, "validation.file", self.file, "given with a judge")
+        one = self.file is None or self.dataset is None
+        require(one, "validation.file, validation.dataset", (self.file, self.dataset), "one of the two")
+        require(self.judge is None or self.given, "validation.judge", self.judge, "used with a file or a dataset")
+
+    @property
+    def given(self) -> bool:
+        """Whether there is text to measure on."""
+        return self.file is not None or self.dataset is not None
 
 
 def require_run_settings(config) -> None:
@@ -179,12 +203,15 @@ class TrainConfig:
     """A training run.
 
     Args:
-        output_dir: receives config.yaml, metrics.jsonl, validation.jsonl, checkpoints/ and final/.
+        output_dir: receives config.yaml, metrics.jsonl, validation.jsonl, generations.jsonl, and as folders that load
+            checkpoints/step-N/, best/ and final/.
         model: start from this embedded name, folder or Hub id; without it, from random weights by architecture.
         revision: of a Hub id.
         tokenizer: folder or Hub id with a tokenizer.json (default: the model's own).
         whitespace_map: code for programs in XLNet's vocabulary, which has no line breaks: they, tabs and double spaces
-            become special tokens, as in the published revision code.
+            become special tokens, as in the published revision code (default: as stored with the tokenizer).
+        document_end: special tokens after every document, <sep><cls></s> as in the published checkpoints' training
+            (default: as stored with the tokenizer, else <eod>).
         architecture: XLNetConfig fields for a model from scratch (d_model, n_layer, n_head, d_inner, ...).
         data: training text.
         masking: what is hidden, and the order of decoding.
@@ -211,6 +238,7 @@ class TrainConfig:
     revision: str = "main"
     tokenizer: str | None = None
     whitespace_map: str | None = None
+    document_end: str | None = None
     architecture: dict[str, int | float | str] = field(default_factory=dict)
     data: DataConfig = field(default_factory=DataConfig)
     masking: MaskingConfig = field(default_factory=MaskingConfig)

@@ -18,20 +18,23 @@ from ..data.packing import pack_all
 from ..data.rows import open_rows
 from ..data.sources import read_documents
 from ..density import query_states
-from ..draft_head import DraftHead, distance_to_previous, previous_ids
+from ..draft_head import FOLDER, DraftHead, distance_to_previous, previous_ids
 from ..errors import DataFileError
 from ..law import Law
-from ..loading import load
+from ..loading import RECIPE, load
 from ..memory import call_bytes, require_memory
 from ..network import Network
 from ..orders import Order, Rows, random_visible, rows_with_limit
 from ..rng import generator
 from ..tokenizer import TextTokenizer
-from .config import ObjectiveConfig
+from .checkpoint import Checkpoints
+from .config import MaskingConfig, ObjectiveConfig
 from .head_config import HeldOutConfig, TrainHeadConfig, WindowConfig
+from .logs import HELD_OUT, TrainingLogs, settings_as_yaml
 from .objective import Batch, make_batch
-from .start import require_room, start
-from .trainer import HELD_OUT, Trainer
+from .schedule import masking_range
+from .start import CHECKPOINTS, FINAL, require_room, start
+from .trainer import Trainer
 
 NEVER = -1e4  # a banned token's logit: probability zero, and differences of log-probabilities stay finite
 
@@ -127,23 +130,27 @@ def head_losses(
 
 @torch.no_grad()
 def acceptance_by_index(
-    model: Network, head: DraftHead, rows: list[np.ndarray], masked_fraction: float, config: TrainHeadConfig
+    model: Network,
+    head: DraftHead,
+    rows: list[np.ndarray],
+    masked_fraction: float,
+    windows: WindowConfig,
+    seed: int,
+    batch_size: int,
 ) -> dict[str, list[float]]:
     """Mean probability that a draft, judged by itself, is accepted, given that those before it were, by index in its
     window, for both kinds of window; float32 networks, the law that samples are drawn from."""
-    law, k = Law(banned_ids=(model.mask_token_id,)), config.windows.k
-    rngs = [generator(config.seed, "held-out", index) for index in range(len(rows))]
+    law, k = Law(banned_ids=(model.mask_token_id,)), windows.k
+    rngs = [generator(seed, "held-out", index) for index in range(len(rows))]
     ids_BN = torch.from_numpy(np.stack(rows)).long()
     visible_BN = torch.stack([random_visible(ids_BN.shape[1], 1 - masked_fraction, rng) for rng in rngs])
-    uniform_BW = torch.from_numpy(np.stack([rng.random(config.windows.per_row) for rng in rngs]))
+    uniform_BW = torch.from_numpy(np.stack([rng.random(windows.per_row) for rng in rngs]))
     accepted, valid = [], []
-    for ids_PN, visible_PN, uniform_PW in _parts(
-        config.optimizer.rows_per_pass, model.device, ids_BN, visible_BN, uniform_BW
-    ):
-        windows = make_windows(model, ids_PN, Order.from_visible(visible_PN), uniform_PW, k)
-        draft_XKV, target_XKV = law.probs(windows.draft_logits(head)), law.probs(windows.teacher_logits_XKV)
-        accepted.append(torch.minimum(draft_XKV, target_XKV).sum(-1).where(windows.valid_XK, 0).cpu())
-        valid.append(windows.valid_XK.cpu())
+    for ids_PN, visible_PN, uniform_PW in _parts(batch_size, model.device, ids_BN, visible_BN, uniform_BW):
+        made = make_windows(model, ids_PN, Order.from_visible(visible_PN), uniform_PW, k)
+        draft_XKV, target_XKV = law.probs(made.draft_logits(head)), law.probs(made.teacher_logits_XKV)
+        accepted.append(torch.minimum(draft_XKV, target_XKV).sum(-1).where(made.valid_XK, 0).cpu())
+        valid.append(made.valid_XK.cpu())
     sum_2K, n_2K = (torch.cat(x).view(len(rows), -1, k) for x in (accepted, valid))
     return {
         kind: (sum_2K[:, which::2].sum((0, 1)) / n_2K[:, which::2].sum((0, 1)).clamp(min=1)).tolist()
@@ -160,65 +167,104 @@ def held_out_rows(config: HeldOutConfig, tokenizer: TextTokenizer, length: int) 
     without a whole row."""
     if config.file is None:
         return []
-    packed = pack_all(read_documents(config.file), tokenizer, length)[: config.rows]
+    packed = pack_all(read_documents(config.file), tokenizer, length, config.rows)
     rows = [row for row in packed if len(row) == length]  # only a file's last row can be shorter
     if not rows:
         raise DataFileError(f"held_out.file {config.file!r} has less than one row of {length} tokens; give more text")
     return rows
 
 
-def require_memory_for_head(model: Network, config: TrainHeadConfig) -> None:
+def require_memory_for_head(model: Network, rows_per_pass: int, max_length: int, windows: WindowConfig) -> None:
     """Raise :class:`~asarm.errors.MemoryBudgetError` where a pass would not fit."""
-    batch, length = config.optimizer.rows_per_pass, config.data.max_length
-    n_query = 2 * config.windows.per_row * config.windows.k
-    require_memory(model, batch, length, call_bytes(model, batch, length, length + n_query, batch * n_query))
+    n_query = 2 * windows.per_row * windows.k
+    need = call_bytes(model, rows_per_pass, max_length, max_length + n_query, rows_per_pass * n_query)
+    require_memory(model, rows_per_pass, max_length, need)
+
+
+@dataclass(frozen=True)
+class HeadSteps:
+    """The gradients of the steps in which a head is trained for ``model``."""
+
+    trainer: Trainer
+    model: Network
+    masking: MaskingConfig
+    windows: WindowConfig
+    seed: int
+
+    def __call__(self, step: int, rows_BN: np.ndarray, indices: list[int]) -> dict[str, float]:
+        """Leave the gradient of a step's loss behind, of which the rows are this process's share; what is logged."""
+        trainer, settings, windows = self.trainer, self.trainer.settings, self.windows
+        device, size = trainer.accelerator.device, settings.rows_per_pass
+        batch = make_batch(rows_BN, indices, step, settings.rows_per_step, self.masking, ObjectiveConfig(), self.seed)
+        batch = batch.to(device)
+        drawn = [generator(self.seed, "windows", i).random(windows.per_row) for i in batch.index_B.tolist()]
+        uniform_BW = torch.from_numpy(np.stack(drawn)).to(device)
+        (counted,) = trainer.sum_over_processes(n_learnt(window_rows(batch.order, uniform_BW, windows.k)))
+
+        def losses(part: tuple[Batch, torch.Tensor]) -> dict[str, torch.Tensor]:
+            rows, uniform_PW = part
+            sums = head_losses(self.model, trainer.wrapped, rows.ids_BN, rows.order, uniform_PW, step, windows)
+            return {key: value / max(counted, 1) for key, value in sums.items()}
+
+        measured = trainer.accumulate(zip(batch.parts(size), uniform_BW.split(size), strict=True), losses)
+        low, high = masking_range(step, self.masking)
+        return measured | {"masking_low": low, "masking_high": high}
+
+
+@dataclass(frozen=True)
+class AcceptanceSteps:
+    """The steps after which a head in training is measured on held-out rows; before the first one, the self draft."""
+
+    trainer: Trainer
+    model: Network
+    untrained: DraftHead
+    rows: list[np.ndarray]
+    held_out: HeldOutConfig
+    windows: WindowConfig
+    seed: int
+    logs: TrainingLogs
+
+    def __call__(self, done: int) -> None:
+        settings = self.trainer.settings
+        if not self.rows or (done % self.held_out.every and done != settings.steps):
+            return
+        if self.trainer.accelerator.is_main_process:
+            head = self.trainer.result if done else self.untrained
+            for fraction in self.held_out.masked_fractions:
+                arguments = (fraction, self.windows, self.seed, settings.rows_per_pass)
+                measured = acceptance_by_index(self.model, head, self.rows, *arguments)
+                self.logs.record(HELD_OUT, done, {"masked_fraction": fraction} | measured)
+        self.trainer.accelerator.wait_for_everyone()
 
 
 def train_draft_head(config: TrainHeadConfig) -> Path:
     """Run (or, with ``resume``, go on with) a training run; returns the folder that holds ``draft_head/``."""
     run = start(config)
-    config, accelerator = run.config, run.accelerator
-    model, tokenizer = load(config.model, config.revision, config.tokenizer, whitespace_map=config.whitespace_map)
+    config, accelerator, seed = run.config, run.accelerator, config.seed
+    data, optimizer, windows = config.data, config.optimizer, config.windows
+    stored = {"whitespace_map": config.whitespace_map, "document_end": config.document_end}
+    model, tokenizer = load(config.model, config.revision, config.tokenizer, **stored)
     model.to(accelerator.device).requires_grad_(False)
-    require_memory_for_head(model, config)
-    torch.manual_seed(config.seed)
+    require_memory_for_head(model, optimizer.rows_per_pass, data.max_length, windows)
+    torch.manual_seed(seed)
     head = DraftHead.for_trunk(model, **asdict(config.head)).train()
-    self_draft = copy.deepcopy(head).eval()
+    untrained = copy.deepcopy(head).eval()
     if config.start_from is not None:
         head.start_from(config.start_from)
-    require_room(run, head)
-    held_out = held_out_rows(config.held_out, tokenizer, config.data.max_length)
-    rows = open_rows(config.data, tokenizer, config.seed, accelerator.process_index, accelerator.num_processes)
-    trainer = Trainer(run, head, rows)
-    o, k, per_row = config.optimizer, config.windows.k, config.windows.per_row
+    require_room(run.folder, head, optimizer.ema_decay is not None, config.keep_checkpoints)
+    held_out = held_out_rows(config.held_out, tokenizer, data.max_length)
+    rows = open_rows(data, tokenizer, seed, accelerator.process_index, accelerator.num_processes)
+    trainer = Trainer(head, rows, optimizer, seed, accelerator, run.checkpoint)
+    settings, keep = run.settings, config.keep_checkpoints
 
-    def compute(step: int, rows_and_indices: tuple) -> dict[str, float]:
-        arguments = (step, o.rows_per_step, config.masking, ObjectiveConfig(), config.seed)
-        batch = make_batch(*rows_and_indices, *arguments).to(accelerator.device)
-        uniform = np.stack([generator(config.seed, "windows", i).random(per_row) for i in batch.index_B.tolist()])
-        uniform_BW = torch.from_numpy(uniform).to(accelerator.device)
-        counted = torch.tensor(n_learnt(window_rows(batch.order, uniform_BW, k)), device=accelerator.device)
-        n_global = accelerator.reduce(counted, "sum").clamp(min=1)
+    def describe(folder: Path) -> None:
+        head.config.save_pretrained(folder / FOLDER)
+        (folder / FOLDER / RECIPE).write_text(settings_as_yaml(settings), encoding="utf-8")
 
-        def losses(part: tuple[Batch, torch.Tensor]) -> dict[str, torch.Tensor]:
-            rows, uniform_PW = part
-            sums = head_losses(model, trainer.wrapped, rows.ids_BN, rows.order, uniform_PW, step, config.windows)
-            return {key: value / n_global for key, value in sums.items()}
-
-        parts = zip(batch.parts(o.rows_per_pass), uniform_BW.split(o.rows_per_pass), strict=True)
-        return trainer.accumulate(parts, losses)
-
-    def measure(done: int) -> None:
-        if not held_out or (done % config.held_out.every and done != o.steps):
-            return
-        if accelerator.is_main_process:
-            measured_head = trainer.trained if done else self_draft
-            for fraction in config.held_out.masked_fractions:
-                measured = acceptance_by_index(model, measured_head, held_out, fraction, config)
-                trainer.record(HELD_OUT, done, {"masked_fraction": fraction} | measured)
-        accelerator.wait_for_everyone()
-
-    if trainer.start == 0:
+    logs = TrainingLogs(run.folder, accelerator, settings, trainer.first_step, config.log_every, config.wandb)
+    checkpoints = Checkpoints(run.folder / CHECKPOINTS, config.checkpoint_every, keep, settings, describe)
+    measure = AcceptanceSteps(trainer, model, untrained, held_out, config.held_out, windows, seed, logs)
+    if trainer.first_step == 0:
         measure(0)
-    trainer.run(compute, measure)
-    return trainer.finish(lambda final: trainer.trained.eval().save_pretrained(final))
+    trainer.run(HeadSteps(trainer, model, config.masking, windows, seed), measure, logs, checkpoints)
+    return trainer.finish(run.folder / FINAL, lambda final: trainer.result.eval().save_pretrained(final))

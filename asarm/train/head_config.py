@@ -80,7 +80,8 @@ class TrainHeadConfig:
         model: the trunk: embedded name, folder or Hub id.
         revision: of a Hub id.
         tokenizer: folder or Hub id with a tokenizer.json (default: the trunk's own).
-        whitespace_map: as in the trunk's training.
+        whitespace_map: as in the trunk's training (default: as stored with the tokenizer).
+        document_end: as in the trunk's training (default: as stored with the tokenizer, else <eod>).
         head: shape of the head.
         start_from: a folder, embedded name or Hub id whose draft_head/ the head starts as, of this trunk or of another
             with the same tokenizer (default: untrained).
@@ -105,6 +106,7 @@ class TrainHeadConfig:
     revision: str = "main"
     tokenizer: str | None = None
     whitespace_map: str | None = None
+    document_end: str | None = None
     head: HeadConfig = field(default_factory=HeadConfig)
     start_from: str | None = None
     data: DataConfig = field(default_factory=DataConfig)

@@ -3,6 +3,9 @@
 Both objectives of Guo & Ermon (2025) are choices of limits. A row's first ranks are a prompt; *settled* ranks are the
 prompt and, for the parallel objective, some tokens decoded after it. Targets are the ranks from there on, with their
 own rank as limit (joint) or all with the number of settled ranks (parallel, as a draft is made).
+
+The loss of a step is a weighted sum over the targets of all its rows, divided by their number or by that of the rows:
+so parts of it can be computed apart, by whatever process, and added.
 """
 
 from collections.abc import Iterator
@@ -25,7 +28,7 @@ class Batch:
     """Rows of one process in one optimiser step, those with most targets first.
 
     ``index_B`` are their places in the run's sequence of rows. ``order.n_visible_B`` ranks see each other whole, those
-    from ``settled_B`` on are predicted, and ``weight_B`` is the weight of a row's targets in the loss.
+    from ``settled_B`` on are predicted, and ``weight_B`` is the weight of each of a row's targets in the loss's sum.
     """
 
     index_B: torch.Tensor
@@ -37,6 +40,10 @@ class Batch:
     @property
     def n_targets(self) -> int:
         return int((self.order.length_B - self.settled_B).sum())
+
+    def divisor(self, loss_average: str) -> int:
+        """What the loss's sum over the batches of all processes is divided by, this batch's part of it."""
+        return self.n_targets if loss_average == "per_token" else len(self.ids_BN)
 
     def to(self, device: torch.device | str) -> "Batch":
         return Batch(*(x.to(device) for x in vars(self).values()))
@@ -62,24 +69,28 @@ def make_batch(
     """Rows of optimiser step ``step`` with their orders, a function of the seed, the step and their indices alone."""
     rates = masking_rates(step, rows_per_step, masking, seed)[[index - step * rows_per_step for index in indices]]
     length = rows_BN.shape[1]
-    orders, n_prompt, weights = [], [], []
+    settled_B = np.minimum(np.round((1 - rates) * length), length - 1).astype(np.int64)
+    orders, n_prompt = [], []
     for index, rate in zip(indices, rates, strict=True):
         rng = generator(seed, "order", index)
         visible_share = (1 - rate) * (rng.random() if objective.name == "parallel" else 1)
         order_N, n_visible = draw_order(length, visible_share, masking, rng)
         orders.append(order_N)
         n_prompt.append(n_visible)
-        weights.append({"none": 1.0, "masking_rate": rate, "snr": rate / (1 - rate)}[objective.loss_scale])
-    prompt_B = torch.tensor(n_prompt)
-    settled_B = torch.from_numpy(np.minimum(np.round((1 - rates) * length), length - 1)).long()
-    whole_B = prompt_B
-    if objective.name == "parallel":
-        whole_B = {"prompt_and_decoded": settled_B, "prompt_only": prompt_B, "causal": torch.zeros_like(prompt_B)}[
-            objective.prompt_attention
-        ]
-    order = Order.from_permutation(torch.from_numpy(np.stack(orders)), whole_B)
-    batch = Batch(torch.tensor(indices), torch.from_numpy(rows_BN).long(), order, settled_B, torch.tensor(weights))
-    return batch.of(settled_B.argsort(stable=True))
+    prompt_B = np.array(n_prompt)
+    see_each_other = {"prompt_and_decoded": settled_B, "prompt_only": prompt_B, "causal": 0 * prompt_B}
+    n_whole_B = prompt_B if objective.name == "joint" else see_each_other[objective.prompt_attention]
+    order = Order.from_permutation(torch.from_numpy(np.stack(orders)), torch.from_numpy(n_whole_B))
+    weight_B = target_weights(rates, length - settled_B, objective.loss_scale, objective.loss_average)
+    arrays = (torch.from_numpy(x) for x in (settled_B, weight_B))
+    batch = Batch(torch.tensor(indices), torch.from_numpy(rows_BN).long(), order, *arrays)
+    return batch.of(batch.settled_B.argsort(stable=True))
+
+
+def target_weights(rate_B: np.ndarray, n_targets_B: np.ndarray, loss_scale: str, loss_average: str) -> np.ndarray:
+    """The weight [B] of each of a row's targets, from its masking rate and the number of them."""
+    scale_B = {"none": np.ones_like(rate_B), "masking_rate": rate_B, "snr": rate_B / (1 - rate_B)}[loss_scale]
+    return scale_B if loss_average == "per_token" else scale_B / n_targets_B
 
 
 def draw_order(
@@ -107,7 +118,7 @@ class Objective(nn.Module):
         self.model, self.config = model, config
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        """Weighted sum over the targets of -log p(target), in nats."""
+        """Weighted sum over the targets of -log p(target), in nats, to be divided by :meth:`Batch.divisor`."""
         N = batch.ids_BN.shape[1]
         device, order, settled_B1 = batch.ids_BN.device, batch.order, batch.settled_B[:, None]
         n_query = -(-(N - int(settled_B1.min())) // ROW_MULTIPLE) * ROW_MULTIPLE
@@ -116,6 +127,7 @@ class Objective(nn.Module):
         query = rows_with_limit(order, rank_BR, limit_BR, order.length_B)
         hidden_BRE = query_states(self.model, batch.ids_BN, order, query)
         target_BR = batch.ids_BN.gather(1, query.position_BR.clamp(max=N - 1))
-        weight_BR = batch.weight_B[:, None].float().expand_as(target_BR)
+        wide = torch.promote_types(hidden_BRE.dtype, torch.float32)
+        weight_BR = batch.weight_B[:, None].to(wide).expand_as(target_BR)
         valid_BR = query.valid_BR
         return cross_entropy_sum(self.model, hidden_BRE[valid_BR], target_BR[valid_BR], weight_BR[valid_BR])

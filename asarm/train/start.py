@@ -19,6 +19,7 @@ from .config import TrainConfig
 from .head_config import TrainHeadConfig
 
 WAIT = timedelta(hours=4)  # while the main process validates
+CHECKPOINTS, BEST, FINAL = "checkpoints", "best", "final"  # folders of a run
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,13 @@ class Run:
 
     config: TrainConfig | TrainHeadConfig
     accelerator: Accelerator
-    out: Path
+    folder: Path
     checkpoint: Path | None
+
+    @property
+    def settings(self) -> dict:
+        """The settings as plain values."""
+        return asdict(self.config)
 
 
 def start(config: TrainConfig | TrainHeadConfig) -> Run:
@@ -41,10 +47,10 @@ def start(config: TrainConfig | TrainHeadConfig) -> Run:
     accelerator = Accelerator(cpu=cpu, log_with=log_with, kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT)])
     config.optimizer.require_divides(accelerator.num_processes)
     out = prepare_output_dir(config.output_dir)
-    if config.resume == "never" and (checkpoints(out / "checkpoints") or (out / "final").exists()):
+    if config.resume == "never" and holds_a_run(out):
         raise OutputDirError(f"{out} already holds a run; go on with it with --resume, or choose another --output_dir")
     accelerator.wait_for_everyone()  # before the main process writes there
-    checkpoint = None if config.resume == "never" else _newest(config, accelerator, out)
+    checkpoint = None if config.resume == "never" else _newest(out, accelerator, must=config.resume == "must")
     saved = {} if checkpoint is None else load_checkpoint(checkpoint, mmap=True)["config"]
     precision = config.optimizer.precision
     if saved and precision == "auto":  # whatever it goes on on
@@ -56,11 +62,15 @@ def start(config: TrainConfig | TrainHeadConfig) -> Run:
     return Run(config, accelerator, out, checkpoint)
 
 
-def _newest(config: TrainConfig | TrainHeadConfig, accelerator: Accelerator, out: Path) -> Path | None:
+def holds_a_run(folder: Path) -> bool:
+    return bool(checkpoints(folder / CHECKPOINTS)) or any((folder / name).exists() for name in (BEST, FINAL))
+
+
+def _newest(out: Path, accelerator: Accelerator, must: bool) -> Path | None:
     """The checkpoint to go on from, the same in every process."""
-    found = [newest_valid(out / "checkpoints") if accelerator.is_main_process else None]
+    found = [newest_valid(out / CHECKPOINTS) if accelerator.is_main_process else None]
     (path,) = broadcast_object_list(found)
-    if path is None and config.resume == "must":
+    if path is None and must:
         raise OutputDirError(
             f"{out} holds no checkpoint to go on from; use --resume auto, or name the run's folder with --output_dir"
         )
@@ -76,8 +86,9 @@ def precision_on(device: torch.device, precision: str) -> str:
     return precision
 
 
-def require_room(run: Run, module: torch.nn.Module) -> None:
-    """Raise :class:`~asarm.errors.DiskSpaceError` where the checkpoints of a training of ``module`` would not fit."""
-    copies = 3 if run.config.optimizer.ema_decay is None else 4  # the weights, two moments, the average
+def require_room(folder: Path, module: torch.nn.Module, averaged: bool, keep: int) -> None:
+    """Raise :class:`~asarm.errors.DiskSpaceError` where ``keep`` checkpoints of a run in ``folder`` that trains
+    ``module``, and keeps an average if it is ``averaged``, would not fit."""
+    copies = 4 if averaged else 3  # the weights, two moments, the average
     n_bytes = sum(p.numel() * p.element_size() for p in module.parameters())
-    require_disk_space(run.out / "checkpoints", n_bytes * copies, run.config.keep_checkpoints)
+    require_disk_space(folder / CHECKPOINTS, n_bytes * copies, keep)

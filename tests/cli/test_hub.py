@@ -70,6 +70,8 @@ def hub(tmp_path_factory):
     for seed, revision in enumerate(COMMITS):
         make_model(vocab_size=8192, mask_token_id=6, seed=seed).save_pretrained(root / revision)
         (root / revision / "tokenizer.json").write_bytes(tokenizer)
+    stored = {"whitespace_map": "code", "document_end": "<sep><cls></s>"}
+    (root / "nlp" / "tokenizer_config.json").write_text(json.dumps(stored))
     Endpoint.root, Endpoint.served = root, []
     server = ThreadingHTTPServer(("127.0.0.1", 0), Endpoint)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -101,6 +103,20 @@ def test_a_hub_id_at_two_revisions(hub, tmp_path):
         assert json.loads(local.stdout)["log_prob"] == scores[revision]
     assert scores["main"] != scores["nlp"]
     assert {"main/model.safetensors", "nlp/model.safetensors", "main/tokenizer.json"} <= set(Endpoint.served)
+
+
+def test_a_hub_id_is_exported_with_what_is_stored_beside_its_tokenizer(hub, tmp_path):
+    found = {}
+    for revision in COMMITS:
+        out = tmp_path / revision
+        words = ("--model", "someone/asarm-test", "--revision", revision, "--output_dir", str(out))
+        done = asarm(hub, tmp_path / "cache", "export", *words)
+        assert done.returncode == 0, done.stderr
+        settings = json.loads((out / "tokenizer_config.json").read_text())
+        found[revision] = (settings.get("whitespace_map"), settings["document_end"])
+        weights = (out / "model.safetensors").read_bytes()
+        assert weights == (Endpoint.root / revision / "model.safetensors").read_bytes()
+    assert found == {"main": (None, "<eod>"), "nlp": ("code", "<sep><cls></s>")}
 
 
 @pytest.mark.parametrize(

@@ -131,7 +131,7 @@ def test_samples_are_there_and_as_many_as_the_documentation_says():
 def test_packing_for_evaluation_keeps_every_token(tokenizer):
     documents = [Document("A short one."), Document("Another document, a little longer than that."), Document("End.")]
     stream = np.concatenate(tokenize(documents, tokenizer))
-    assert (stream == tokenizer.separator_id).sum() == 3
+    assert (stream == tokenizer.document_end).sum() == 3
     rows = pack_all(documents, tokenizer, 7)
     assert np.array_equal(np.concatenate(rows), stream[: sum(map(len, rows))])
     assert len(stream) - sum(map(len, rows)) <= 1 and all(len(r) == 7 for r in rows[:-1])
@@ -143,7 +143,7 @@ def test_training_rows_hold_every_document_once_an_epoch_weights_apart(tokenizer
     rows = PackedRows(documents, tokenizer, 16, seed=0)
     n_rows = -(-sum(lengths) // 16)
     epoch = np.concatenate([rows.row(i) for i in range(n_rows)])
-    assert (epoch[: sum(lengths)] == tokenizer.separator_id).sum() == 40
+    assert (epoch[: sum(lengths)] == tokenizer.document_end).sum() == 40
     assert sorted(tokenizer.decode(epoch[: sum(lengths)].tolist()).split("<eod>")[:-1]) == sorted(
         d.text for d in documents
     )

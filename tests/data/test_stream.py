@@ -74,7 +74,7 @@ def epoch(tokenizer):
         [
             token
             for i in range(s, N_DOCUMENTS, STREAMS)
-            for token in [*tokenizer.encode(document(i)), tokenizer.separator_id]
+            for token in [*tokenizer.encode(document(i)), *tokenizer.document_end]
         ]
         for s in range(STREAMS)
     ]

@@ -100,8 +100,9 @@ def test_validation_in_training_asks_the_judge(ignorant_folder, tmp_path):
         file=str(tmp_path / "text.txt"), rows=3, generations=2, masked_fractions=[], judge=ignorant_folder
     )
     model, tokenizer = load("tiny-english")
-    measured = Validation(config, tokenizer, 16).measure(model)
+    measured, texts = Validation(config, tokenizer, 16).measure(model)
     assert measured["judge_ppl"] == pytest.approx(50257, rel=1e-5)
+    assert [text["judge_ppl"] for text in texts] == pytest.approx([50257] * 2, rel=1e-5)
     with pytest.raises(ModelNotFoundError, match="nowhere"):
         Validation(replace(config, judge="nowhere"), tokenizer, 16)
 

@@ -224,7 +224,7 @@ def test_the_trained_length_is_that_of_the_recipe(tmp_path, small):
     assert trained_length(AnySubsetLM.from_pretrained("tiny-english")) == 256
     assert trained_length(AnySubsetLM.from_pretrained(small)) is None
     shutil.copytree(small, tmp_path / "final")
-    (tmp_path / "config.yaml").write_text("data:\n  max_length: 96\n")
+    (tmp_path / "final" / "training_config.yaml").write_text("data:\n  max_length: 96\n")
     assert trained_length(AnySubsetLM.from_pretrained(tmp_path / "final")) == 96
 
 

@@ -196,9 +196,9 @@ def test_measures_against_hand_worked_cases():
 
 def test_separators_of_documents_are_line_breaks_to_a_reader():
     tokenizer = TextTokenizer.from_pretrained("tiny-english")
-    ids = [*tokenizer.encode("The end."), tokenizer.separator_id, *tokenizer.encode("Once upon")]
+    ids = [*tokenizer.encode("The end."), *tokenizer.document_end, *tokenizer.encode("Once upon")]
     assert plain_text(tokenizer, ids) == "The end.\nOnce upon"
-    assert plain_text(tokenizer, [tokenizer.separator_id]) == ""
+    assert plain_text(tokenizer, list(tokenizer.document_end)) == ""
 
 
 def test_the_order_decides_what_is_given_and_the_limit_how_many():

@@ -17,8 +17,10 @@ from training_runs import NO_DROPOUT, losses, small_run
 from asarm.errors import EXIT_STOPPED, ConfigError
 from asarm.runlog import read_lines
 from asarm.train.checkpoint import checkpoints, load_checkpoint
-from asarm.train.config import OptimizerConfig, ValidationConfig
+from asarm.train.config import ObjectiveConfig, OptimizerConfig, ValidationConfig
 from asarm.train.model import train
+
+PER_ROW_MEAN = ObjectiveConfig(loss_average="per_row_mean")
 
 
 def free_port() -> str:
@@ -73,7 +75,7 @@ def test_two_processes_and_one_with_twice_the_batch_have_the_same_loss_curve(tex
 
 def test_two_processes_fine_tune_as_one_does(text_file, tmp_path):
     model = str(train(small_run(text_file, tmp_path / "pretrained", steps=1, architecture=NO_DROPOUT)))
-    config = small_run(text_file, tmp_path / "one", steps=5, model=model, architecture={})
+    config = small_run(text_file, tmp_path / "one", steps=5, model=model, architecture={}, objective=PER_ROW_MEAN)
     config = replace(config, optimizer=replace(config.optimizer, rows_per_pass=1))
     run(replace(config, output_dir=str(tmp_path / "two")), tmp_path)
     train(config)
@@ -84,7 +86,7 @@ def test_sharded_training_is_the_same_and_its_checkpoints_are_whole(text_file, t
     """FSDP with validation on the way; one process goes on from what two have saved."""
     validation = ValidationConfig(file=str(text_file), rows=4, generations=2, every=6)
     config = small_run(text_file, tmp_path / "one", steps=10, architecture=NO_DROPOUT, validation=validation)
-    config = replace(config, gradient_checkpointing=True)
+    config = replace(config, gradient_checkpointing=True, objective=PER_ROW_MEAN)
     train(config)
     sharded = replace(config, output_dir=str(tmp_path / "two"), fsdp=True)
     run(sharded, tmp_path)

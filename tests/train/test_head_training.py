@@ -17,7 +17,9 @@ from asarm.config import DataConfig
 from asarm.draft_head import DraftHead
 from asarm.errors import CheckpointMismatchError, ConfigError, DataFileError, MemoryBudgetError, ModelNotFoundError
 from asarm.orders import Rows, content_limit
+from asarm.pretrained import parameters_fingerprint
 from asarm.train import draft_head as training
+from asarm.train.checkpoint import checkpoints, load_checkpoint
 from asarm.train.config import MaskingConfig, OptimizerConfig
 from asarm.train.draft_head import divergences, head_losses, make_windows, train_draft_head, window_rows
 from asarm.train.head_config import HeadConfig, HeldOutConfig, TrainHeadConfig, WindowConfig
@@ -205,6 +207,28 @@ def test_a_head_may_start_as_that_of_another_trunk(head_run, tmp_path):
     assert untrained["step"] == 0 and untrained["one_pass"] != trained["one_pass"], (
         "what is measured first is the self draft"
     )
+
+
+def test_any_checkpoint_of_a_run_is_a_draft_head(head_run, tmp_path):
+    """The moving average where there is one; another head may start as it."""
+    optimizer = replace(head_run.optimizer, ema_decay=0.8)
+    train_draft_head(replace(head_run, optimizer=optimizer, keep_checkpoints=3))
+    first, _, last = checkpoints(tmp_path / "run" / "checkpoints")
+    trunk = AnySubsetLM.from_pretrained(head_run.model)
+    average = load_checkpoint(first)["average"]
+    head = DraftHead.from_pretrained(first, trunk)
+    for name, parameter in head.state_dict().items():
+        assert torch.equal(parameter, average[f"module.{name}"]), name
+    final = DraftHead.from_pretrained(tmp_path / "run" / "final", trunk)
+    assert parameters_fingerprint(DraftHead.from_pretrained(last, trunk)) == parameters_fingerprint(final)
+    assert parameters_fingerprint(head) != parameters_fingerprint(final)
+    assert (first / "draft_head" / "training_config.yaml").read_text() == (tmp_path / "run" / "config.yaml").read_text()
+    slow = replace(head_run.optimizer, steps=1, lr=1e-12)
+    again = replace(head_run, output_dir=str(tmp_path / "again"), start_from=str(first), optimizer=slow)
+    begun = DraftHead.from_pretrained(train_draft_head(again), trunk).state_dict()
+    assert all(torch.allclose(begun[name], value, atol=1e-6) for name, value in head.state_dict().items())
+    with pytest.raises(CheckpointMismatchError, match="was trained for the model with fingerprint"):
+        DraftHead.from_pretrained(first, make_model(vocab_size=8192, mask_token_id=6, seed=5))
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from training_runs import losses, natively_bfloat16, small_run
 from wandb.errors import UsageError
 
 from asarm import AnySubsetLM, TextTokenizer
+from asarm.cli import main
 from asarm.errors import (
     CheckpointMismatchError,
     ConfigError,
@@ -24,8 +25,6 @@ from asarm.errors import (
     MemoryBudgetError,
     OutputDirError,
 )
-from asarm.evals.config import ScoreConfig
-from asarm.evals.likelihood import held_out_likelihood
 from asarm.train import model as model_training
 from asarm.train import start
 from asarm.train.checkpoint import checkpoints, load_checkpoint
@@ -100,7 +99,11 @@ def test_fine_tuning_starts_from_the_given_weights(text_file, tmp_path):
         (lambda c: replace(c, architecture={"ff_activation": "gleu"}), ConfigError, "one of .*gelu.*, got 'gleu'"),
         (lambda c: replace(c, optimizer=replace(c.optimizer, beta2=1.5)), ConfigError, "optimizer.beta2.*got 1.5"),
         (lambda c: replace(c, num_threads=0), ConfigError, "num_threads must be at least 1, got 0"),
-        (lambda c: replace(c, validation=ValidationConfig(judge="gpt2")), ConfigError, "validation.file.*with a judge"),
+        (
+            lambda c: replace(c, validation=ValidationConfig(judge="gpt2")),
+            ConfigError,
+            "judge.*a file or",
+        ),
         (lambda c: replace(c, architecture={"d_model": 30, "n_head": 4}), ConfigError, "n_head"),
         (lambda c: replace(c, architecture={"vocab_size": 100}), CheckpointMismatchError, "8192 pieces"),
         (lambda c: replace(c, log_every=0), ConfigError, "log_every"),
@@ -159,7 +162,7 @@ def test_training_stops_when_nothing_is_finite_any_more(text_file, tmp_path, mon
         train(run)
 
 
-def test_validation_measures_and_leaves_training_alone(text_file, tmp_path):
+def test_validation_measures_and_leaves_training_alone(text_file, tmp_path, capsys):
     """With dropout on; the last measurement equals that of the final checkpoint by the command for it."""
     validation = ValidationConfig(file=str(text_file), rows=6, masked_fractions=[0.5], generations=2, every=5)
     final = train(small_run(text_file, tmp_path / "with", validation=validation))
@@ -168,10 +171,10 @@ def test_validation_measures_and_leaves_training_alone(text_file, tmp_path):
     records = [json.loads(line) for line in (tmp_path / "with" / "validation.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records] == [5, 10, 12]
     assert all(0 < r["nfe_per_token"] <= 1 and r["entropy"] > 0 for r in records)
-    score = ScoreConfig(
-        model=str(final), data_file=str(text_file), num_sequences=6, max_length=16, masked_fractions=[0.5]
-    )
-    assert records[-1]["nll_0.5"] == pytest.approx(held_out_likelihood(score)["likelihood"][0]["nll_per_token"])
+    words = ["--model", str(final), "--data_file", str(text_file), "--num_sequences", "6", "--max_length", "16"]
+    assert main(["score", *words, "--masked_fractions", "0.5", "--json"]) == 0
+    (scored,) = json.loads(capsys.readouterr().out)["likelihood"]
+    assert records[-1]["nll_0.5"] == pytest.approx(scored["nll_per_token"])
     assert records[-1]["nll_0.5"] < records[0]["nll_0.5"]
 
 
