@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers import XLNetConfig
 
 from .block_attention import BlockAttention
+from .compiling import uncompiled
 from .dropout import dropout
 from .row_mask import RowMask
 
@@ -87,7 +88,7 @@ def attend(
     return way(content_q_BRHD, relative_q_BRHD, key_BNHD, value_BNHD, relative_key_PHD, row_mask, p)
 
 
-@torch.compiler.disable
+@uncompiled
 def block_attention(*arguments) -> torch.Tensor:
     """:func:`attend` as a CPU wants it."""
     return BlockAttention.apply(*arguments)

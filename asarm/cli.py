@@ -27,12 +27,14 @@ from .train.head_config import TrainHeadConfig
 
 
 def run_infill(config: InfillConfig) -> None:
-    from .infilling import infill
-    from .loading import load
-    from .tokenizer import require_gap
+    from .tokenizer import split_at_gaps
 
     text = _text(config.text)
-    require_gap(text)
+    split_at_gaps(text)  # what is wrong with the text is said before anything is loaded, PyTorch included
+
+    from .infilling import infill
+    from .loading import load
+
     model, tokenizer = load(config.model, config.revision, **config.tokenizer_settings)
     texts = infill(model, tokenizer, text, config.sampler_config(config.sampler), config.num_samples, config.seed)
     if config.json:
@@ -42,12 +44,11 @@ def run_infill(config: InfillConfig) -> None:
 
 
 def run_score(config: ScoreConfig) -> None:
-    from .loading import load
-
     if config.data_file is not None:
         from .data.packing import pack_all
         from .data.sources import read_documents
         from .evals.likelihood import held_out_likelihood
+        from .loading import load
 
         documents = read_documents(config.data_file)
         model, tokenizer = load(config.model, config.revision, **config.tokenizer_settings)
@@ -62,10 +63,16 @@ def run_score(config: ScoreConfig) -> None:
         ]
         text = "\n".join([" masked  joint negative log-likelihood", *lines])
     else:
+        from .tokenizer import require_fills
+
+        given = _text(config.text)
+        require_fills(given, config.fills)  # before anything is loaded, PyTorch included
+
         from .infilling import score_text
+        from .loading import load
 
         model, tokenizer = load(config.model, config.revision, **config.tokenizer_settings)
-        score = score_text(model, tokenizer, _text(config.text), config.fills)
+        score = score_text(model, tokenizer, given, config.fills)
         result = asdict(score) | {"log_prob": score.log_prob}
         lines = [f"{logp:9.4f}  {token!r}" for token, logp in zip(score.tokens, score.log_probs, strict=True)]
         text = "\n".join([*lines, f"{score.log_prob:9.4f}  nats, {len(score.tokens)} tokens"])

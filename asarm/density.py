@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from .attention import product_dtype
 from .law import Law
 from .memory import call_bytes, require_memory, trained_rows
-from .model import AnySubsetLM
+from .network import Network
 from .orders import Order, Rows, content_limit, require_token_ids, rows_at_ranks
 
 # Trained rows are padded to a multiple of this. Every batch has another number of targets, and activations of ever new
@@ -21,7 +21,7 @@ ROW_MULTIPLE = 32
 PROJECTION_ROWS = 2048  # how many [rows, vocabulary] logits a scoring pass holds at a time
 
 
-def query_states(model: AnySubsetLM, ids_BN: torch.Tensor, order: Order, query: Rows) -> torch.Tensor:
+def query_states(model: Network, ids_BN: torch.Tensor, order: Order, query: Rows) -> torch.Tensor:
     """Hidden states [B, Q, E] of any query rows, in one pass with the content rows of all tokens."""
     B, N = ids_BN.shape
     position_BN = torch.arange(N, device=ids_BN.device).expand(B, N)
@@ -33,7 +33,7 @@ def query_states(model: AnySubsetLM, ids_BN: torch.Tensor, order: Order, query: 
     )
 
 
-def target_states(model: AnySubsetLM, ids_BN: torch.Tensor, order: Order) -> tuple[torch.Tensor, torch.Tensor]:
+def target_states(model: Network, ids_BN: torch.Tensor, order: Order) -> tuple[torch.Tensor, torch.Tensor]:
     """Hidden states [T, E] of all masked tokens of the batch, and their flat indices [T] into ``ids_BN``.
 
     Targets come sequence by sequence, each in order of rank. What ``ids_BN`` holds at a masked position enters only
@@ -95,22 +95,20 @@ class ProjectedCrossEntropy(torch.autograd.Function):
 
 
 def cross_entropy_sum(
-    model: AnySubsetLM, hidden_TE: torch.Tensor, target_T: torch.Tensor, weight_T: torch.Tensor
+    model: Network, hidden_TE: torch.Tensor, target_T: torch.Tensor, weight_T: torch.Tensor
 ) -> torch.Tensor:
     """Sum over rows of weight * -log p(target), in nats, without the [T, V] logits."""
     return ProjectedCrossEntropy.apply(hidden_TE, model.lm_loss.weight, model.lm_loss.bias, target_T, weight_T)
 
 
-def require_memory_for_density(model: AnySubsetLM, batch: int, length: int) -> None:
+def require_memory_for_density(model: Network, batch: int, length: int) -> None:
     """Raise :class:`~asarm.errors.MemoryBudgetError` where scoring such a batch would not fit."""
     need = call_bytes(model, batch, length, 2 * length, min(PROJECTION_ROWS, batch * length))
     require_memory(model, batch, length, need)
 
 
 @torch.no_grad()
-def conditional_log_probs(
-    model: AnySubsetLM, ids_BN: torch.Tensor, order: Order, law: Law | None = None
-) -> torch.Tensor:
+def conditional_log_probs(model: Network, ids_BN: torch.Tensor, order: Order, law: Law | None = None) -> torch.Tensor:
     """Log-probability [B, N], float64, of each masked token given what precedes it in the order; 0 at given positions
     and padding.
 
@@ -129,6 +127,6 @@ def conditional_log_probs(
     return logp_X.view_as(ids_BN)
 
 
-def joint_log_prob(model: AnySubsetLM, ids_BN: torch.Tensor, order: Order, law: Law | None = None) -> torch.Tensor:
+def joint_log_prob(model: Network, ids_BN: torch.Tensor, order: Order, law: Law | None = None) -> torch.Tensor:
     """Joint log-probability [B], float64, in nats, of the masked tokens given the visible ones."""
     return conditional_log_probs(model, ids_BN, order, law).sum(1)

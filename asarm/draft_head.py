@@ -19,18 +19,18 @@ from pathlib import Path
 
 import torch
 from huggingface_hub.dataclasses import strict
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers import initialization as init
+from transformers import PreTrainedConfig
 
-from .embedded import resolve_model
-from .errors import CheckpointMismatchError, ConfigError, ModelNotFoundError
-from .model import AnySubsetLM
+from .errors import CheckpointMismatchError, ConfigError, ModelNotFoundError, reason
+from .network import Network
 from .orders import Order
-from .pretrained import find_file, load_whole, pretrained_loader
+from .pretrained import WEIGHTS, Checkpointed, find_file, load_plain
 
 FOLDER = "draft_head"  # beside the trunk's own files
+EMBEDDING_STD = 0.02  # of random weights
 SHAPE_FIELDS = ("d_model", "vocab_size", "width", "n_head", "rank", "max_missing", "max_distance")
 
 
@@ -46,7 +46,7 @@ class DraftHeadConfig(PreTrainedConfig):
         rank: of the correction to the logits, and of the embedding of the token before.
         max_missing: missing tokens are told apart up to this number.
         max_distance: distances between positions are told apart up to this number, either way.
-        trunk_fingerprint: ``AnySubsetLM.fingerprint()`` of the trunk.
+        trunk_fingerprint: ``fingerprint()`` of the trunk.
     """
 
     model_type = "asarm_draft_head"
@@ -82,11 +82,8 @@ class CausalLayer(nn.Module):
         return x_BKM + self.mlp(self.norm_2(x_BKM))
 
 
-class DraftHead(PreTrainedModel):
+class DraftHead(Checkpointed):
     """Logits of drafted tokens, each given the tokens drafted before it."""
-
-    config_class = DraftHeadConfig
-    base_model_prefix = "draft_head"
 
     def __init__(self, config: DraftHeadConfig):
         if config.width % config.n_head or not config.rank <= config.d_model:
@@ -94,7 +91,8 @@ class DraftHead(PreTrainedModel):
                 f"a draft head needs a width ({config.width}) that n_head ({config.n_head}) divides, and a rank "
                 f"({config.rank}) of at most the trunk's width ({config.d_model})"
             )
-        super().__init__(config)
+        super().__init__()
+        self.config = config
         M = config.width
         self.token = nn.Embedding(config.vocab_size, config.rank)
         self.from_token = nn.Linear(config.rank, M, bias=False)
@@ -105,16 +103,10 @@ class DraftHead(PreTrainedModel):
         self.norm = nn.LayerNorm(M)
         self.correction = nn.Linear(M, config.rank, bias=False)
         self.vocabulary = nn.Linear(config.rank, config.vocab_size, bias=False)
-        self.post_init()
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, nn.Linear):
-            init.normal_(module.weight, mean=0.0, std=module.in_features**-0.5)
+        self.apply(_set_random)
 
     @classmethod
-    def for_trunk(cls, trunk: AnySubsetLM, width: int = 256, n_head: int = 4, rank: int = 128) -> "DraftHead":
+    def for_trunk(cls, trunk: Network, width: int = 256, n_head: int = 4, rank: int = 128) -> "DraftHead":
         """An untrained head for ``trunk``, float32, on its device; its draft is the trunk's own.
 
         Both vocabulary matrices start as the principal directions of the trunk's, so that a correction means from the
@@ -129,7 +121,7 @@ class DraftHead(PreTrainedModel):
             trunk_fingerprint=trunk.fingerprint(),
         )
         head = cls(config).to(trunk.device)
-        weight_VE = trunk.get_output_embeddings().weight.detach().float()
+        weight_VE = trunk.lm_loss.weight.detach().float()
         direction_EE = torch.linalg.eigh(weight_VE.T @ weight_VE).eigenvectors.flip(1)
         weight_VX = weight_VE @ direction_EE[:, :rank]
         with torch.no_grad():
@@ -173,12 +165,14 @@ class DraftHead(PreTrainedModel):
         """The low-rank correction [B, K, V] to the trunk's logits, zero where the state misses nothing."""
         return self.vocabulary(self.correction(self.norm(x_BKM)) * (missing_BK > 0)[..., None])
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs) -> None:
+    def save_pretrained(self, save_directory: str | Path) -> None:
         """Write the folder ``draft_head`` inside ``save_directory``, which is the trunk's folder or any other."""
-        super().save_pretrained(Path(save_directory) / FOLDER, **kwargs)
+        folder = Path(save_directory) / FOLDER
+        self.config.save_pretrained(folder)
+        save_file({name: x.contiguous() for name, x in self.state_dict().items()}, folder / WEIGHTS)
 
     @classmethod
-    def from_pretrained(cls, name_or_path, trunk: AnySubsetLM, revision: str = "main") -> "DraftHead":
+    def from_pretrained(cls, name_or_path, trunk: Network, revision: str = "main") -> "DraftHead":
         """Load the head in the folder ``draft_head`` of an embedded model, a local folder or a Hub id, ready to draft
         for ``trunk``: in evaluation mode, with the trunk's type and device.
 
@@ -191,15 +185,13 @@ class DraftHead(PreTrainedModel):
 
     @classmethod
     def _load(cls, name_or_path, revision: str, dtype: torch.dtype) -> "DraftHead":
-        def not_found(why: str) -> ModelNotFoundError:
-            return ModelNotFoundError(
+        try:
+            return load_plain(cls, DraftHeadConfig, name_or_path, revision, dtype, FOLDER)
+        except OSError as error:
+            raise ModelNotFoundError(
                 f"no draft head in {str(name_or_path)!r} at revision {revision!r}: make one with "
-                f"python -m asarm train-draft-head ({why})"
-            )
-
-        place = resolve_model(name_or_path, revision)
-        load = pretrained_loader(super().from_pretrained, DraftHeadConfig, place, subfolder=FOLDER)
-        return load_whole(load, f"draft head of {str(name_or_path)!r}", not_found, revision=revision, dtype=dtype)[0]
+                f"python -m asarm train-draft-head ({reason(error)})"
+            ) from error
 
     def start_from(self, name_or_path, revision: str = "main") -> None:
         """Take the weights of a head of this shape, whatever trunk it was trained for: of another trunk with the same
@@ -216,7 +208,17 @@ class DraftHead(PreTrainedModel):
         self.load_state_dict(start.state_dict())
 
 
-def require_trunk(head: DraftHead, trunk: AnySubsetLM, name: str) -> None:
+def _set_random(module: nn.Module) -> None:
+    """Random weights to train from."""
+    if isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=module.in_features**-0.5)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Embedding):
+        nn.init.normal_(module.weight, std=EMBEDDING_STD)
+
+
+def require_trunk(head: DraftHead, trunk: Network, name: str) -> None:
     """Raise :class:`CheckpointMismatchError` for a head that was made for another trunk."""
     if (expected := head.config.trunk_fingerprint) != (found := trunk.fingerprint()):
         raise CheckpointMismatchError(
@@ -225,7 +227,7 @@ def require_trunk(head: DraftHead, trunk: AnySubsetLM, name: str) -> None:
         )
 
 
-def find_draft_head(name_or_path, trunk: AnySubsetLM, revision: str = "main") -> DraftHead | None:
+def find_draft_head(name_or_path, trunk: Network, revision: str = "main") -> DraftHead | None:
     """The head that lies beside a model, or None where there is none; one for another trunk is refused."""
     found = find_file(name_or_path, "config.json", revision, FOLDER)
     return None if found is None else DraftHead.from_pretrained(name_or_path, trunk, revision)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from .draft_head import DraftHead, find_draft_head, require_trunk
 from .engine import Projection, can_pack
-from .model import AnySubsetLM
+from .network import Network
 from .orders import rows_from
 
 
@@ -111,14 +111,14 @@ _HEADS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # by trunk
 _DRAFTERS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # by trunk and whether they are compiled
 
 
-def attach_draft_head(trunk: AnySubsetLM, head: DraftHead) -> None:
+def attach_draft_head(trunk: Network, head: DraftHead) -> None:
     """Let samplers of ``trunk`` draft with a copy of ``head``, as it is now, instead of one that lies beside the
     trunk's files."""
     require_trunk(head, trunk, "the head to attach")
     _HEADS[trunk], _DRAFTERS[trunk] = deepcopy(head).to(trunk.device, trunk.dtype).eval(), {}
 
 
-def drafter_of(trunk: AnySubsetLM, compile: bool = False) -> Drafter | None:
+def drafter_of(trunk: Network, compile: bool = False) -> Drafter | None:
     """Of the head that was attached to ``trunk`` or lies beside the files it was loaded from, in the trunk's type and
     on its device; None where there is neither."""
     head = _HEADS.get(trunk)

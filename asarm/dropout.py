@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from .compiling import uncompiled
+
 _VALUES = 2**14
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of a number
 
@@ -21,7 +23,7 @@ def dropout(x: torch.Tensor, p: float, training: bool) -> torch.Tensor:
     return _of_a_cpu(x, p)
 
 
-@torch.compiler.disable
+@uncompiled
 def _of_a_cpu(x: torch.Tensor, p: float) -> torch.Tensor:
     return _Dropout.apply(x, p)
 

@@ -6,7 +6,7 @@ together, biases, activation and residual are part of the products, and attentio
 the slots that a limit reaches. On a GPU the same steps run on the plain weights, with shapes that do not change from
 round to round, so that rounds can be recorded (:mod:`asarm.sampling.cuda_graphs`); with ``compile`` on a CPU as well.
 
-The results are those of :meth:`asarm.model.AnySubsetLM.forward` up to rounding; a test holds the two together.
+The results are those of :meth:`asarm.network.Network.forward` up to rounding; a test holds the two together.
 """
 
 import warnings
@@ -14,10 +14,10 @@ import weakref
 
 import torch
 from torch.nn import functional as F
-from transformers.activations import ACT2FN
 
+from .activations import activation_of
 from .cache import SlotCache
-from .model import AnySubsetLM, Layer
+from .network import Layer, Network
 from .orders import Rows
 
 ROWS_AT_A_TIME = 128  # rows of a prefill whose scores exist at the same time
@@ -33,7 +33,7 @@ class Projection:
     def __init__(self, weight_OI: torch.Tensor, bias_O: torch.Tensor | None, activation: str | None, packed: bool):
         self.packed, self.bias_O = packed, bias_O
         self.fused = packed and activation in FUSED_ACTIVATIONS
-        self.activation = None if activation is None or self.fused else ACT2FN[activation]
+        self.activation = None if activation is None or self.fused else activation_of(activation)
         self.post_op: tuple[str, list, str] = ("none", [], "")
         if activation is not None and self.fused:
             self.post_op = (activation, [], FUSED_ACTIVATIONS[activation])
@@ -91,7 +91,7 @@ class EngineLayer:
 class Engine:
     """``model`` prepared for decoding; :func:`engine_of` makes it once and keeps it until the weights change."""
 
-    def __init__(self, model: AnySubsetLM, compile: bool = False):
+    def __init__(self, model: Network, compile: bool = False):
         self.config, self.trunk = model.config, model.transformer
         self.dtype, self.device = model.dtype, model.device
         packed = not compile and can_pack(self.device, self.dtype)
@@ -214,7 +214,7 @@ class Engine:
 _ENGINES: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
-def engine_of(model: AnySubsetLM, compile: bool = False) -> Engine:
+def engine_of(model: Network, compile: bool = False) -> Engine:
     """The engine of ``model``; made again where its weights were changed, moved or converted since."""
     kept = _ENGINES.setdefault(model, {})
     state = [(p.data_ptr(), p.dtype, 0 if p.is_inference() else p._version) for p in model.parameters()]

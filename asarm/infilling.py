@@ -6,13 +6,12 @@ import torch
 
 from .config import SamplerConfig, require
 from .density import conditional_log_probs
-from .errors import TextError
 from .law import Law
-from .model import AnySubsetLM
+from .network import Network
 from .orders import Order
 from .sampling.decoding import Completion
 from .sampling.sample import sample
-from .tokenizer import GAP, MaskedText, TextTokenizer
+from .tokenizer import MaskedText, TextTokenizer, require_fills, require_something
 
 BATCH_SIZE = 16  # samples that are drawn together
 
@@ -43,14 +42,14 @@ def collate(tasks: list[InfillTask]) -> tuple[torch.Tensor, Order]:
     return ids_BN, Order.from_visible(visible_BN, length_B)
 
 
-def complete(model: AnySubsetLM, tasks: list[InfillTask], config: SamplerConfig, seed: int) -> Completion:
+def complete(model: Network, tasks: list[InfillTask], config: SamplerConfig, seed: int) -> Completion:
     """Sample tasks, a batch at a time."""
     ids_BN, order = collate(tasks)
     return sample(model, ids_BN, order, config, seed, [t.index for t in tasks], BATCH_SIZE)
 
 
 def infill(
-    model: AnySubsetLM,
+    model: Network,
     tokenizer: TextTokenizer,
     text: str,
     config: SamplerConfig | None = None,
@@ -87,22 +86,18 @@ class Score:
 
 
 def score_text(
-    model: AnySubsetLM, tokenizer: TextTokenizer, text: str, fills: list[str] | None = None, law: Law | None = None
+    model: Network, tokenizer: TextTokenizer, text: str, fills: list[str] | None = None, law: Law | None = None
 ) -> Score:
     """Joint log-probability of ``fills``, one for each ``<mask>`` of ``text``; of the whole text where it has none.
 
     A fill's own number of tokens counts, whatever length the gap asks for.
     """
-    whole = not fills and not GAP.search(text)
-    pieces, fills = (["", ""], [text]) if whole else (tokenizer.encode_masked(text).pieces, fills or [])
-    if len(fills) != len(pieces) - 1:
-        raise TextError(f"the text has {len(pieces) - 1} gap(s) and {len(fills)} fill(s) were given; give one for each")
+    require_fills(text, fills or [])
+    pieces, fills = (tokenizer.encode_masked(text).pieces, fills) if fills else (["", ""], [text])
     masked = tokenizer.encode_gaps(pieces, fills)
     for fill, gap in zip(fills, masked.gaps, strict=True):
         tokenizer.check_lossless(fill)
-        if not gap:
-            what = "the text to score is empty" if whole else f"fill {fill!r} has no token"
-            raise TextError(f"{what}; what is empty has no probability to score")
+        require_something(gap, f"{fill!r}")
     ids_BN, order = collate([InfillTask.of(masked)])
     logp_N = conditional_log_probs(model, ids_BN, order, law)[0].tolist()
     scored = [position for gap in masked.gaps for position in gap]

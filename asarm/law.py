@@ -11,6 +11,7 @@ from functools import cache
 
 import torch
 
+from .compiling import constant
 from .errors import ConfigError
 from .rng import exponentials
 
@@ -59,7 +60,7 @@ class Law:
         return scaled
 
 
-@torch.compiler.assume_constant_result
+@constant
 def ids_on(device: torch.device, ids: tuple[int, ...]) -> torch.Tensor:
     """Token ids as a tensor, made once: a copy to the device in every call would stall it."""
     return _ids_on(device, ids)

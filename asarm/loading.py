@@ -5,12 +5,13 @@ from pathlib import Path
 
 import torch
 import yaml
+from transformers import XLNetConfig
 from transformers.utils import logging
 
 from .engine import warn_if_emulated
-from .errors import CheckpointMismatchError, ModelNotFoundError, reason
-from .model import AnySubsetLM
-from .pretrained import find_file, require_model
+from .errors import CheckpointMismatchError, ModelNotFoundError, UserError, reason
+from .network import Network
+from .pretrained import find_file, load_plain, require_model
 from .tokenizer import TextTokenizer
 
 RECIPE = "training_config.yaml"  # of a model, beside its weights
@@ -23,15 +24,26 @@ def load(
     dtype: str = "float32",
     whitespace_map: str | None = None,
     document_end: str | None = None,
-) -> tuple[AnySubsetLM, TextTokenizer]:
+) -> tuple[Network, TextTokenizer]:
     """Both, on the GPU where there is one; the tokenizer from ``tokenizer`` or from the model's own place, with the
     whitespace map and the document end that are stored there, unless they are given."""
     logging.disable_progress_bar()
     loaded_tokenizer = load_tokenizer(model, revision, tokenizer, whitespace_map, document_end)
-    loaded = AnySubsetLM.from_pretrained(model, revision=revision, dtype=getattr(torch, dtype))
+    loaded = load_network(model, revision, getattr(torch, dtype))
     check_vocabulary(loaded, loaded_tokenizer)
     warn_if_emulated(this_device(), loaded.dtype, "dtype float32")
     return loaded.to(this_device()).eval(), loaded_tokenizer
+
+
+def load_network(name_or_path: str, revision: str, dtype: torch.dtype) -> Network:
+    """That of :meth:`asarm.model.AnySubsetLM.from_pretrained`, which takes over where the short way does not lead to
+    one: it knows other forms of checkpoint, and why there is none."""
+    try:
+        return load_plain(Network, XLNetConfig, name_or_path, revision, dtype)
+    except (OSError, UserError):
+        from .model import AnySubsetLM
+
+        return AnySubsetLM.from_pretrained(name_or_path, revision=revision, dtype=dtype)
 
 
 def this_device() -> torch.device:
@@ -56,7 +68,7 @@ def load_tokenizer(
     return TextTokenizer.from_pretrained(model, revision, whitespace_map, document_end)
 
 
-def check_vocabulary(model: AnySubsetLM, tokenizer: TextTokenizer) -> None:
+def check_vocabulary(model: Network, tokenizer: TextTokenizer) -> None:
     """Raise :class:`CheckpointMismatchError` for a tokenizer with ids that the model does not have."""
     if len(tokenizer) > model.config.vocab_size:
         raise CheckpointMismatchError(
@@ -96,6 +108,6 @@ def row_length(recipe: str | None) -> int | None:
     return data.get("max_length") if isinstance(data, dict) else None
 
 
-def trained_length(model: AnySubsetLM) -> int | None:
+def trained_length(model: Network) -> int | None:
     """Tokens in a row of the training of a model that was loaded from a folder; None where nothing tells."""
     return row_length(read_recipe(model.name_or_path)) if Path(model.name_or_path).is_dir() else None

@@ -7,7 +7,7 @@ import psutil
 import torch
 
 from .errors import MemoryBudgetError
-from .model import AnySubsetLM
+from .network import Network
 
 SCORE_COPIES = 8  # float32 [rows, slots] arrays per head alive at the peak of an attention call, as measured
 # bytes that a layer keeps for the backward pass, with dropout: a row's for each of d_model and of d_inner, a score's
@@ -21,7 +21,7 @@ def trained_rows(device: torch.device) -> int:
     return 512 if device.type == "cpu" else 2048
 
 
-def call_bytes(model: AnySubsetLM, batch: int, length: int, n_rows: int, n_projected: int) -> int:
+def call_bytes(model: Network, batch: int, length: int, n_rows: int, n_projected: int) -> int:
     """Upper estimate of the memory of a call of ``n_rows`` rows a sequence over ``length`` slots, of which
     ``n_projected`` in the whole batch are projected onto the vocabulary at a time."""
     c, size = model.config, model.dtype.itemsize
@@ -33,7 +33,7 @@ def call_bytes(model: AnySubsetLM, batch: int, length: int, n_rows: int, n_proje
     return cache + relative + hidden + max(scores, logits)  # attention is over when the projection begins
 
 
-def training_bytes(model: AnySubsetLM, batch: int, length: int, masked: float = 1.0, n_shards: int = 1) -> int:
+def training_bytes(model: Network, batch: int, length: int, masked: float = 1.0, n_shards: int = 1) -> int:
     """Upper estimate of what a training pass over ``batch`` rows of which a share ``masked`` is predicted needs besides
     the weights, in bfloat16 or float32; gradients and optimiser state are dealt out to ``n_shards`` processes.
 
@@ -41,6 +41,7 @@ def training_bytes(model: AnySubsetLM, batch: int, length: int, masked: float = 
     there are gradients as well.
     """
     c, n_rows = model.config, math.ceil((1 + masked) * batch * length)
+    n_parameters = sum(p.numel() for p in model.parameters())
     of_a_layer = n_rows * (KEPT_MODEL * c.d_model + KEPT_INNER * c.d_inner + KEPT_SCORE * c.n_head * length)
     gradients = of_a_layer
     if model.device.type != "cpu":
@@ -48,11 +49,11 @@ def training_bytes(model: AnySubsetLM, batch: int, length: int, masked: float = 
     inputs = n_rows * c.n_layer * c.d_model * 4
     kept = inputs + of_a_layer if model.recompute else c.n_layer * of_a_layer
     logits = min(batch * length, trained_rows(model.device)) * c.vocab_size * 14
-    return kept + gradients + logits + model.num_parameters() * STATE_BYTES // n_shards
+    return kept + gradients + logits + n_parameters * STATE_BYTES // n_shards
 
 
 def require_memory(
-    model: AnySubsetLM,
+    model: Network,
     batch: int,
     length: int,
     need: int,

@@ -15,14 +15,36 @@ from typing import TypeVar
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedConfig
 from transformers.utils import cached_file
 
 from .embedded import embedded_models, resolve_model
 from .errors import CheckpointMismatchError, ModelNotFoundError, reason
 
 Model = TypeVar("Model", bound=nn.Module)
+WEIGHTS = "model.safetensors"
 STATE = "state.pt"  # of a training run's checkpoint
+
+
+class Checkpointed(nn.Module):
+    """What a checkpoint holds: a configuration, and parameters that are all of one type and on one device."""
+
+    config: PreTrainedConfig
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    def fingerprint(self) -> str:
+        """See :func:`parameters_fingerprint`."""
+        return parameters_fingerprint(self)
 
 
 def parameters_fingerprint(module: nn.Module) -> str:
@@ -53,6 +75,56 @@ def require_model(name_or_path, revision: str = "main") -> None:
         raise model_not_found(name_or_path, revision, "config.json is missing there")
 
 
+class NoValues(TorchFunctionMode):
+    """PyTorch's modules that are made in here leave their parameters as they are. On the device ``meta`` there are no
+    values to set, but setting them imports PyTorch's compiler: a second."""
+
+    def __torch_function__(self, function, types, arguments=(), settings=None):
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return None
+        return function(*arguments, **(settings or {}))
+
+
+def load_plain(
+    make: Callable[[PreTrainedConfig], Model],
+    config_class: type[PreTrainedConfig],
+    name_or_path,
+    revision: str,
+    dtype: torch.dtype,
+    subfolder: str = "",
+) -> Model:
+    """What ``make`` makes of a configuration, with the weights that lie beside it in one file (``WEIGHTS``), or in the
+    checkpoint of a training run; in evaluation mode.
+
+    Hugging Face's loading, for these forms alone, without its import, which takes seconds. Raises :class:`OSError`
+    where a file is missing and :class:`CheckpointMismatchError` for files that are broken or do not hold exactly the
+    parameters that the configuration describes.
+    """
+    path, place = resolve_model(name_or_path, revision), {"revision": revision, "subfolder": subfolder}
+    what = f"checkpoint {str(Path(name_or_path, subfolder))!r}"
+    try:
+        config = config_class.from_pretrained(path, **place)
+        if (state := Path(path) / STATE).is_file() and not Path(path, subfolder, WEIGHTS).exists():
+            stored = trained_weights(state)
+        else:
+            commit = getattr(config, "_commit_hash", None)
+            stored = load_file(cached_file(path, WEIGHTS, **place, _commit_hash=commit))
+    except (SafetensorError, StrictDataclassError) as error:
+        raise CheckpointMismatchError(f"{what} is broken: {reason(error)}") from error
+    config.name_or_path = path
+    with torch.device("meta"), NoValues():
+        module = make(config)
+    parameters = dict(module.named_parameters())  # one that has two names once
+    found, wanted = ({name: list(x.shape) for name, x in tensors.items()} for tensors in (stored, parameters))
+    if wrong := [name for name in sorted(found | wanted) if found.get(name) != wanted.get(name)]:
+        sizes = [f"{name} {found.get(name)} and not {wanted.get(name)}" for name in wrong]
+        raise CheckpointMismatchError(f"{what} does not hold the parameters of its config.json: {', '.join(sizes)}")
+    loaded = {p: nn.Parameter(stored[name].to(dtype), p.requires_grad) for name, p in parameters.items()}
+    every_name = module.named_parameters(remove_duplicate=False)
+    module.load_state_dict({name: loaded[p] for name, p in every_name}, assign=True)
+    return module.eval()
+
+
 def find_file(name_or_path, file: str, revision: str = "main", folder: str = "") -> Path | None:
     """A file that a model may have, in a ``folder`` of its place or beside the weights; None where there is none."""
     found = cached_file(
@@ -67,15 +139,12 @@ def find_file(name_or_path, file: str, revision: str = "main", folder: str = "")
     return None if found is None else Path(found)
 
 
-def pretrained_loader(
-    from_pretrained: Callable[..., Model], config_class: type, place: str, *args, subfolder: str = ""
-) -> Callable:
-    """``from_pretrained`` (of ``PreTrainedModel``) with its place filled in: a folder or a Hub id, in which the files
-    are in ``subfolder``, or a checkpoint of a training run, in which only the configuration is."""
-    state, weights = Path(place) / STATE, Path(place) / subfolder / "model.safetensors"
-    if state.is_file() and not weights.exists():
-        return partial(_from_state, from_pretrained, config_class, place, *args, subfolder=subfolder)
-    return partial(from_pretrained, place, *args, subfolder=subfolder)
+def pretrained_loader(from_pretrained: Callable[..., Model], config_class: type, place: str, *args) -> Callable:
+    """``from_pretrained`` (of ``PreTrainedModel``) with its place filled in: a folder or a Hub id, or a checkpoint of a
+    training run, in which only the configuration is."""
+    if (Path(place) / STATE).is_file() and not (Path(place) / WEIGHTS).exists():
+        return partial(_from_state, from_pretrained, config_class, place, *args)
+    return partial(from_pretrained, place, *args)
 
 
 def _from_state(
@@ -83,10 +152,9 @@ def _from_state(
     config_class: type,
     folder: str,
     *args,
-    subfolder: str,
     **settings,
 ) -> tuple[Model, dict]:
-    config = config_class.from_pretrained(folder, subfolder=subfolder)
+    config = config_class.from_pretrained(folder)
     weights = trained_weights(Path(folder) / STATE)
     model, info = from_pretrained(None, *args, config=config, state_dict=weights, **settings)
     model.name_or_path = model.config.name_or_path = folder

@@ -11,6 +11,8 @@ from functools import cache
 import numpy as np
 import torch
 
+from .compiling import constant
+
 
 def generator(seed: int, stream: str, index: int) -> np.random.Generator:
     """A generator of its own for ``index`` of ``stream`` (NumPy's ``SeedSequence`` mixes the three)."""
@@ -38,7 +40,7 @@ def exponentials(uniform: torch.Tensor, count: int) -> torch.Tensor:
     return -torch.log((_shift_right(bits, 11).double() + 0.5) * 2.0**-53)
 
 
-@torch.compiler.assume_constant_result
+@constant
 def counter(device: torch.device, count: int) -> torch.Tensor:
     """SplitMix64's counter, made once. (What torch.compile makes of it would be an index of 32 bits.)"""
     return _counter(device, count)

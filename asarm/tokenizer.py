@@ -11,7 +11,7 @@ That map, and what stands after every document, are stored with the tokenizer as
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from itertools import accumulate, chain, groupby
@@ -232,6 +232,26 @@ def require_gap(text: str) -> None:
     """Raise :class:`TextError` for a text with nothing to fill in."""
     if not GAP.search(text):
         raise TextError(f"the text has no <mask> or <mask:n>: {text[:60]!r}; mark what is to be filled in")
+
+
+def require_fills(text: str, fills: Sequence[str]) -> None:
+    """Raise :class:`TextError` unless there is a fill for each gap of ``text`` (those side by side are one), or
+    neither, and something in each; what only a vocabulary can tell is not asked."""
+    if not fills and not GAP.search(text):
+        require_something(text, "the text to score")
+        return
+    pieces, _, _ = split_at_gaps(text)
+    n_gaps = 1 + sum(map(bool, pieces[1:-1]))
+    if len(fills) != n_gaps:
+        raise TextError(f"the text has {n_gaps} gap(s) and {len(fills)} fill(s) were given; give one for each")
+    for fill in fills:
+        require_something(fill, f"fill {fill!r}")
+
+
+def require_something(tokens: Sized, what: str) -> None:
+    """Raise :class:`TextError` where there is no token (or no text)."""
+    if not tokens:
+        raise TextError(f"{what} has no token, and so no probability to score")
 
 
 def split_at_gaps(text: str) -> tuple[list[str], list[str], list[int | None]]:

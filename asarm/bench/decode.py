@@ -20,6 +20,7 @@ from ..evals.decode import decode
 from ..evals.tasks import mask_rows
 from ..loading import load
 from ..model import AnySubsetLM
+from ..network import Network
 from ..orders import Order
 from ..samplers import find_sampler
 from ..sampling.cuda_graphs import prepared, shape_by_shape
@@ -30,7 +31,7 @@ from .config import ARCHITECTURES, POINTS, WARM_UP, BenchDecodeConfig
 ACCEPTANCE_LENGTH = 128
 
 
-def model_of(config: BenchDecodeConfig, device: torch.device, dtype: str) -> AnySubsetLM:
+def model_of(config: BenchDecodeConfig, device: torch.device, dtype: str) -> Network:
     if config.size not in ARCHITECTURES:
         return load(config.size, dtype=dtype)[0]
     torch.manual_seed(config.seed)
@@ -65,7 +66,7 @@ def acceptance_of(config: BenchDecodeConfig) -> dict[str, dict]:
 
 
 @torch.no_grad()
-def streaming_seconds(model: AnySubsetLM, engine: Engine) -> dict[str, float]:
+def streaming_seconds(model: Network, engine: Engine) -> dict[str, float]:
     """The least a call can take: one row times every weight matrix that a call reads, and nothing else; with the
     weights as the engine holds them, and as the model stores them (plain PyTorch products)."""
     c, device = model.config, model.device
@@ -94,7 +95,7 @@ def streaming_seconds(model: AnySubsetLM, engine: Engine) -> dict[str, float]:
     }
 
 
-def cost(config: BenchDecodeConfig, model: AnySubsetLM, name: str, batch_size: int, acceptance: dict) -> dict:
+def cost(config: BenchDecodeConfig, model: Network, name: str, batch_size: int, acceptance: dict) -> dict:
     """What a round and a network call of a sampler take, and with the trained model's acceptance a token."""
     times = [round_seconds(config, model, name, batch_size, point) for point in POINTS]
     seconds, call_seconds = (statistics.mean(column) for column in zip(*times, strict=True))
@@ -138,9 +139,23 @@ def order_after(config: BenchDecodeConfig, batch_size: int, point: float, genera
     return Order.from_visible(torch.ones(shape, dtype=torch.bool).scatter_(1, left_BM, False))
 
 
+class Halfway(Decoding):
+    """Sequences whose prompts were never computed: random keys and values stand for theirs, which take as long to
+    read."""
+
+    def _prefill(self, lane_b: torch.Tensor, width: int) -> None:
+        one_L12HSD = self.cache.key_value_LB2HSD[:, :1]
+        self.cache.key_value_LB2HSD[:, lane_b] = torch.randn_like(one_L12HSD)
+
+
 @torch.no_grad()
 def round_seconds(
-    config: BenchDecodeConfig, model: AnySubsetLM, name: str, batch_size: int, point: float
+    config: BenchDecodeConfig,
+    model: Network,
+    name: str,
+    batch_size: int,
+    point: float,
+    kind: type[Decoding] = Halfway,
 ) -> tuple[float, float]:
     """Median times of a round, and of a network call of it (vocabulary projection included), after ``point`` of the
     masked tokens are drawn.
@@ -151,12 +166,13 @@ def round_seconds(
     order = order_after(config, batch_size, point, generator).to(model.device)
     ids_BN = torch.randint(0, model.config.vocab_size, order.order_BN.shape, generator=generator).to(model.device)
     settings, sampler = config.sampler_config(name, config.compile), find_sampler(name)
-    state = Decoding(model, ids_BN, order, settings, config.seed, list(range(batch_size)), batch_size)
+    state = kind(model, ids_BN, order, settings, config.seed, list(range(batch_size)), batch_size)
     play_round = prepared(sampler.play_round, model.device, config.compile)
     engine, seconds = NotedCalls(state.engine), []
+    warm_up = WARM_UP if state.engine.static else 1
 
     def timed_round(state: Decoding) -> None:
-        if len(seconds) == WARM_UP + config.rounds:
+        if len(seconds) == warm_up + config.rounds:
             state.engine = engine
             sampler.play_round(state)
             state.settle(state.order.length_B, state.order.length_B, backlog=1)
@@ -171,4 +187,4 @@ def round_seconds(
         pass
     again = shape_by_shape(engine.again) if config.compile else engine.again
     calls = median_seconds(as_decoded(again, model.device), model.device, config.rounds)
-    return statistics.median(seconds[WARM_UP:]), calls / sampler.calls_per_round
+    return statistics.median(seconds[warm_up:]), calls / sampler.calls_per_round

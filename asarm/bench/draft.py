@@ -6,28 +6,41 @@ from ..draft_head import DraftHead
 from ..drafter import Drafter, Window
 from ..engine import Projection, can_pack
 from ..law import Law, argmin, exponential_noise
-from ..model import AnySubsetLM
+from ..network import Network
 from .clock import as_decoded, median_seconds
 
 FREQUENT = 8192  # tokens of a frequency-ranked draft vocabulary
 
 
 @torch.no_grad()
-def draft_step_seconds(model: AnySubsetLM, k: int, batch_size: int) -> dict[str, float]:
-    """Seconds for the k steps of a round, distributions and draws included.
+def ways_to_draft(model: Network) -> dict[str, tuple[Drafter, int]]:
+    """Drafters of ``model`` with the size of their vocabulary.
 
     ``low_rank``: a correction of rank 128 to the trunk's logits, as the head does it. ``full``: a correction of full
     rank, which reads as much as the trunk's vocabulary projection. ``frequent``: the same onto the 8,192 tokens that a
     frequency-ranked draft vocabulary would hold.
     """
-    c, device, dtype = model.config, model.device, model.dtype
+    c = model.config
     low_rank, full = (
-        Drafter(DraftHead.for_trunk(model, rank=rank).to(dtype).eval()) for rank in (min(128, c.d_model), c.d_model)
+        Drafter(DraftHead.for_trunk(model, rank=rank).to(model.dtype).eval())
+        for rank in (min(128, c.d_model), c.d_model)
     )
     frequent = Drafter(full.head)
     weight_VE = full.head.vocabulary.weight.detach()[:FREQUENT]
-    frequent.vocabulary = Projection(weight_VE, None, None, can_pack(device, dtype))
+    frequent.vocabulary = Projection(weight_VE, None, None, can_pack(model.device, model.dtype))
+    return {
+        "low_rank": (low_rank, c.vocab_size),
+        "full": (full, c.vocab_size),
+        "frequent": (frequent, min(FREQUENT, c.vocab_size)),
+    }
 
+
+@torch.no_grad()
+def draft_step_seconds(
+    model: Network, ways: dict[str, tuple[Drafter, int]], k: int, batch_size: int
+) -> dict[str, float]:
+    """Seconds for the k steps of a round in each of the ``ways``, distributions and draws included."""
+    c, device, dtype = model.config, model.device, model.dtype
     generator = torch.Generator().manual_seed(0)
     states_BKE = torch.randn(batch_size, k, c.d_model, generator=generator).to(device, dtype)
     uniform_BK = torch.rand(batch_size, k, generator=generator, dtype=torch.float64).to(device)
@@ -45,10 +58,6 @@ def draft_step_seconds(model: AnySubsetLM, k: int, batch_size: int) -> dict[str,
             for j in range(k):
                 token_B = argmin(law.probs(started.step(j, token_B)), noise_BKX[:, j])
 
-        return median_seconds(as_decoded(steps, device), device, repeats=15, warm_up=3)
+        return median_seconds(as_decoded(steps, device), device, repeats=9)
 
-    return {
-        "low_rank": seconds(low_rank, c.vocab_size),
-        "full": seconds(full, c.vocab_size),
-        "frequent": seconds(frequent, min(FREQUENT, c.vocab_size)),
-    }
+    return {name: seconds(*way) for name, way in ways.items()}

@@ -11,6 +11,7 @@ import psutil
 import torch
 
 from ..engine import engine_of
+from ..sampling.decoding import Decoding
 from .config import POINTS, BenchDecodeConfig
 from .decode import model_of, round_seconds
 
@@ -30,7 +31,7 @@ def _measure(config: BenchDecodeConfig, device: torch.device, dtype: str) -> dic
 
     def decode() -> None:
         for point in (0.05, POINTS[-1]):  # a short prompt and a long one
-            round_seconds(config, model, "assd", 1, point)
+            round_seconds(config, model, "assd", 1, point, Decoding)
 
     return {"weights": weights, "peak": peak_bytes(decode, device)}
 

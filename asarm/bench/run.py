@@ -1,63 +1,124 @@
 """``python -m asarm bench decode``: side by side in one run, as tables and as one line of JSON."""
 
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from typing import NamedTuple
 
 import torch
+from tqdm import tqdm
 
-from ..engine import engine_of, warn_if_emulated
+from ..engine import engine_of
 from ..loading import this_device
 from ..runlog import provenance
 from ..samplers import find_sampler
-from .baselines import gpt2_token_seconds, xlnet_call_seconds
-from .config import BenchDecodeConfig
+from .baselines import gpt2, gpt2_token_seconds, xlnet_call_seconds
+from .config import POINTS, BenchDecodeConfig
 from .decode import ACCEPTANCE_LENGTH, acceptance_of, cost, model_of, require_draft_heads, streaming_seconds
-from .draft import draft_step_seconds
+from .draft import draft_step_seconds, ways_to_draft
+from .dtypes import timed_dtypes
 from .memory import memory_of
+
+FEW_ROWS = 16  # a call with fewer takes about as long
+
+
+class Cell(NamedTuple):
+    """A part of the benchmark: what it is, how much work it is (very roughly, in rows through the network, for the time
+    that is left), and what does it."""
+
+    label: str
+    work: int
+    run: Callable[..., None]
+    arguments: tuple = ()
+
+
+class Bench:
+    """The benchmark's cells, and what those that have run have found."""
+
+    def __init__(self, config: BenchDecodeConfig, device: torch.device):
+        self.config, self.device = config, device
+        self.acceptance: dict[str, dict] = {}
+        self.rows: list[dict] = []
+        self.draft_steps: list[dict] = []
+        self.memory: list[dict] = []
+
+    def cells(self) -> Iterator[Cell]:
+        """In the order in which they are to run."""
+        config = self.config
+        yield Cell("acceptance", 400 * len(config.samplers), self._accept)
+        for dtype in config.dtypes:
+            yield Cell(f"{dtype}, models", 4000 + 8 * config.length * config.baseline, self._begin, (dtype,))
+            for batch_size in config.batch_sizes:
+                for name in config.samplers:
+                    work = self._work_of_a_round(name, batch_size) * len(POINTS) * (2 * config.rounds + 3)
+                    yield Cell(f"{dtype}, batch {batch_size}, {name}", work, self._time_sampler, (batch_size, name))
+                if config.baseline:
+                    work = config.length + 50 * max(FEW_ROWS, batch_size)
+                    yield Cell(f"{dtype}, batch {batch_size}, GPT-2", work, self._time_gpt2, (batch_size,))
+        for dtype in config.dtypes:
+            for length in config.memory_lengths:
+                yield Cell(f"{dtype}, memory at {length}", 4000 + 4 * length, self._measure_memory, (dtype, length))
+
+    def _work_of_a_round(self, name: str, batch_size: int) -> int:
+        sampler, k = find_sampler(name), self.config.k
+        rows = k * sampler.verifies + sampler.query_rows(k)
+        return sampler.calls_per_round * max(FEW_ROWS, batch_size * rows)
+
+    def _accept(self) -> None:
+        self.acceptance = acceptance_of(self.config)
+
+    def _begin(self, dtype: str) -> None:
+        """Make the models of a type, and time what their rows are compared with."""
+        config = self.config
+        self.model = model_of(config, self.device, dtype)
+        self.dtype, self.ways = dtype, None
+        self.compared = streaming_seconds(self.model, engine_of(self.model, config.compile))
+        if config.baseline:
+            call = xlnet_call_seconds(self.model.config, config.length, config.k, self.device, self.model.dtype)
+            self.compared |= {"uncached_call_seconds": call}
+            self.gpt2 = gpt2(self.device, self.model.dtype)
+
+    def _time_sampler(self, batch_size: int, name: str) -> None:
+        at = {"dtype": self.dtype, "batch_size": batch_size}
+        row = cost(self.config, self.model, name, batch_size, self.acceptance[name])
+        self.rows.append(at | {"sampler": name} | self.compared | row)
+        sampler = find_sampler(name)
+        if sampler.drafts == "head" and not sampler.drafts_ahead:
+            self.ways = self.ways or ways_to_draft(self.model)
+            steps = draft_step_seconds(self.model, self.ways, self.config.k, batch_size)
+            self.draft_steps.append(at | {"call_seconds": row["call_seconds"]} | steps)
+
+    def _time_gpt2(self, batch_size: int) -> None:
+        step = gpt2_token_seconds(self.gpt2, self.config.length, batch_size)
+        self.rows.append(
+            {"dtype": self.dtype, "batch_size": batch_size, "sampler": "gpt2-small, cached", "call_seconds": step}
+            | {"seconds_per_token": step / batch_size, "tokens_per_second": batch_size / step}
+        )
+
+    def _measure_memory(self, dtype: str, length: int) -> None:
+        found = memory_of(self.config, self.device, dtype, length)
+        self.memory.append({"dtype": dtype, "length": length} | found)
 
 
 def bench(config: BenchDecodeConfig) -> dict:
-    """Everything, in one run; returns what the last line of the output holds."""
+    """Everything, in one run, with a bar on standard error; returns what the last line of the output holds."""
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     device = this_device()
-    for dtype in config.dtypes:
-        warn_if_emulated(device, getattr(torch, dtype), "--dtypes float32")
+    config = replace(config, dtypes=timed_dtypes(config.dtypes, device))
     require_draft_heads(config)
-    acceptance = acceptance_of(config)
-    rows, draft_steps = [], []
-    for dtype in config.dtypes:
-        model = model_of(config, device, dtype)
-        limits = streaming_seconds(model, engine_of(model, config.compile))
-        baselines = {}
-        if config.baseline:
-            call = xlnet_call_seconds(model.config, config.length, config.k, device, model.dtype)
-            baselines = {"uncached_call_seconds": call}
-        for batch_size in config.batch_sizes:
-            for name in config.samplers:
-                row = {"dtype": dtype, "batch_size": batch_size, "sampler": name} | limits
-                rows.append(row | cost(config, model, name, batch_size, acceptance[name]) | baselines)
-                if find_sampler(name).drafts == "head" and not find_sampler(name).drafts_ahead:
-                    steps = draft_step_seconds(model, config.k, batch_size)
-                    call = {"call_seconds": rows[-1]["call_seconds"]}
-                    draft_steps.append({"dtype": dtype, "batch_size": batch_size} | call | steps)
-            if config.baseline:
-                step = gpt2_token_seconds(config.length, batch_size, device, model.dtype)
-                rows.append(
-                    {"dtype": dtype, "batch_size": batch_size, "sampler": "gpt2-small, cached", "call_seconds": step}
-                    | {"seconds_per_token": step / batch_size, "tokens_per_second": batch_size / step}
-                )
-        del model
-    memory = [
-        {"dtype": dtype, "length": length} | memory_of(config, device, dtype, length)
-        for dtype in config.dtypes
-        for length in config.memory_lengths
-    ]
+    run = Bench(config, device)
+    bar_format = "{desc}: {percentage:3.0f}% |{bar}| {elapsed}, {remaining} left"
+    with tqdm(total=sum(cell.work for cell in run.cells()), bar_format=bar_format) as bar:
+        for cell in run.cells():
+            bar.set_description(cell.label)
+            cell.run(*cell.arguments)
+            bar.update(cell.work)
     return {
         "config": asdict(config),
-        "acceptance": acceptance,
-        "rows": rows,
-        "draft_steps": draft_steps,
-        "memory": memory,
+        "acceptance": run.acceptance,
+        "rows": run.rows,
+        "draft_steps": run.draft_steps,
+        "memory": run.memory,
         "threads": torch.get_num_threads(),
         "provenance": provenance(),
     }

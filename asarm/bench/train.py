@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from multiprocessing import get_context
 
@@ -25,7 +25,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import XLNetConfig, XLNetLMHeadModel
 
-from ..engine import warn_if_emulated
 from ..loading import this_device
 from ..malloc import keep_freed_memory, release_freed_memory
 from ..model import AnySubsetLM
@@ -36,6 +35,7 @@ from ..train.objective import Batch, Objective, make_batch
 from ..train.trainer import build_optimizer
 from .clock import seconds_of
 from .config import ARCHITECTURES, BenchTrainConfig
+from .dtypes import timed_dtypes
 from .memory import peak_bytes
 
 OURS, THEIRS = "asarm", "Hugging Face XLNet"
@@ -44,8 +44,7 @@ PRODUCT = (1024, 768, 3072)  # rows, width and inner width of a feed-forward lay
 
 def bench(config: BenchTrainConfig) -> dict:
     """Everything, in one run; returns what the last line of the output holds."""
-    for dtype in config.dtypes:
-        warn_if_emulated(this_device(), getattr(torch, dtype), "--dtypes float32")
+    config = replace(config, dtypes=timed_dtypes(config.dtypes, this_device()))
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(config.seed)

@@ -8,7 +8,7 @@ import torch
 from ..config import SamplerConfig
 from ..density import joint_log_prob
 from ..infilling import InfillTask, collate
-from ..model import AnySubsetLM
+from ..network import Network
 from ..orders import Order
 from ..sampling.decoding import law_of
 from ..sampling.sample import sample, sample_each
@@ -21,7 +21,7 @@ WARM_UP_TOKENS = 8
 
 
 def decode(
-    model: AnySubsetLM, tasks: list[InfillTask], sampler: SamplerConfig, seed: int, batch_size: int
+    model: Network, tasks: list[InfillTask], sampler: SamplerConfig, seed: int, batch_size: int
 ) -> Iterator[tuple[InfillTask, list[int], dict]]:
     """Yield each task, as it is finished, with the ids drawn for it and its measures.
 
@@ -48,7 +48,7 @@ def decode(
 
 
 def _scored(
-    model: AnySubsetLM, finished: list[tuple[InfillTask, list[int], dict]], sampler: SamplerConfig
+    model: Network, finished: list[tuple[InfillTask, list[int], dict]], sampler: SamplerConfig
 ) -> Iterator[tuple[InfillTask, list[int], dict]]:
     if not finished:
         return
@@ -62,7 +62,7 @@ def _scored(
         yield task, ids, size | measures | {"log_prob": log_prob, "lossless": sampler.lossless}
 
 
-def warm_up(model: AnySubsetLM, ids_BN: torch.Tensor, order: Order, sampler: SamplerConfig, batch_size: int) -> None:
+def warm_up(model: Network, ids_BN: torch.Tensor, order: Order, sampler: SamplerConfig, batch_size: int) -> None:
     """A short run that is not timed: first calls allocate memory, pick kernels, compile."""
     length_B = order.length_B[:batch_size]
     end = Order.from_permutation(order.order_BN[:batch_size], (length_B - WARM_UP_TOKENS).clamp(min=0), length_B)

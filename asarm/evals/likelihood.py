@@ -6,13 +6,13 @@ from tqdm import tqdm
 from ..density import joint_log_prob, require_memory_for_density
 from ..errors import DataFileError
 from ..infilling import collate
-from ..model import AnySubsetLM
+from ..network import Network
 from .stats import mean_and_se
 from .tasks import mask_rows
 
 
 def held_out_likelihood(
-    model: AnySubsetLM, rows: list[np.ndarray], masked_fractions: list[float], seed: int, batch_size: int
+    model: Network, rows: list[np.ndarray], masked_fractions: list[float], seed: int, batch_size: int
 ) -> list[dict[str, float]]:
     """Nats per masked token of packed rows, given a random visible subset, at each of ``masked_fractions``.
 
@@ -26,7 +26,7 @@ def held_out_likelihood(
 
 
 def likelihood_at(
-    model: AnySubsetLM, rows: list[np.ndarray], masked_fraction: float, seed: int, batch_size: int
+    model: Network, rows: list[np.ndarray], masked_fraction: float, seed: int, batch_size: int
 ) -> dict[str, float]:
     """Nats per masked token of packed rows, each with its own random visible subset, and their standard error."""
     tasks = mask_rows(rows, 1 - masked_fraction, seed)

@@ -14,7 +14,7 @@ from ..config import SamplerConfig
 from ..drafter import drafter_of
 from ..infilling import InfillTask, without_special_tokens
 from ..loading import load, name_and_revision
-from ..model import AnySubsetLM
+from ..network import Network
 from ..runlog import prepare_output_dir, provenance, write_json
 from ..samplers import SAMPLERS, form_of
 from ..sampling.decoding import drafter_for, require_memory_for_decoding
@@ -34,7 +34,7 @@ class EvaluatedModel:
     own model."""
 
     prefix: str
-    model: AnySubsetLM
+    model: Network
     tokenizer: TextTokenizer
     samplers: dict[str, SamplerConfig]
 
@@ -149,6 +149,6 @@ class EvalRun:
         return summary
 
 
-def all_samplers(model: AnySubsetLM) -> list[str]:
+def all_samplers(model: Network) -> list[str]:
     """Every sampler that the model has what it takes for."""
     return [name for name, sampler in SAMPLERS.items() if sampler.drafts != "head" or drafter_of(model) is not None]

@@ -11,6 +11,7 @@ from functools import cache
 
 import torch
 
+from ..compiling import set_marks
 from ..errors import ConfigError
 from .decoding import Decoding
 
@@ -73,6 +74,7 @@ def shape_by_shape(function: Callable) -> Callable:
     Raises :class:`~asarm.errors.ConfigError` at a shape that is one too many for the process, where torch.compile would
     go on without compiling, and that from the ninth on.
     """
+    set_marks()
     by_shape = torch.compile(function, dynamic=False)
     most = torch._dynamo.config.accumulated_recompile_limit
     limits = torch._dynamo.config.patch(recompile_limit=most, fail_on_recompile_limit_hit=True)

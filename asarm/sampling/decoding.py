@@ -20,7 +20,7 @@ from ..engine import ROWS_AT_A_TIME, engine_of
 from ..errors import ConfigError
 from ..law import Law
 from ..memory import call_bytes, require_memory
-from ..model import AnySubsetLM
+from ..network import Network
 from ..orders import Order, Rows, content_limit, require_token_ids, rows_at_ranks
 from ..rng import rank_uniforms
 
@@ -84,7 +84,7 @@ COUNTS = ("nfe_B", "aux_nfe_B", "rounds_B", "proposed_BK", "accepted_BK")
 PREFILL_ROWS = 4096  # prompt tokens, padding included, that enter the cache in one call
 
 
-def law_of(model: AnySubsetLM, config: SamplerConfig) -> Law:
+def law_of(model: Network, config: SamplerConfig) -> Law:
     """The law that ``config`` samples from: the model's, without the mask token and the banned ids, shaped by
     temperature (1 with ``draft_only_temperature``), top-k and top-p."""
     mask = {model.mask_token_id} if model.mask_token_id < model.config.vocab_size else set()
@@ -93,7 +93,7 @@ def law_of(model: AnySubsetLM, config: SamplerConfig) -> Law:
     return Law(temperature, banned_ids, config.greedy, config.top_k, config.top_p)
 
 
-def drafter_for(model: AnySubsetLM, config: SamplerConfig) -> Drafter | None:
+def drafter_for(model: Network, config: SamplerConfig) -> Drafter | None:
     """The draft head's drafter that the sampler needs, if it does; raises :class:`ConfigError` where the model has
     none."""
     if config.sampler.drafts != "head":
@@ -123,7 +123,7 @@ class Decoding:
 
     def __init__(
         self,
-        model: AnySubsetLM,
+        model: Network,
         ids_TN: torch.Tensor,
         order: Order,
         config: SamplerConfig,

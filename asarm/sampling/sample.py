@@ -6,7 +6,7 @@ from dataclasses import fields
 import torch
 
 from ..config import SamplerConfig
-from ..model import AnySubsetLM
+from ..network import Network
 from ..orders import Order
 from .cuda_graphs import prepared
 from .decoding import Completion, Decoding
@@ -14,7 +14,7 @@ from .decoding import Completion, Decoding
 
 @torch.no_grad()
 def sample_each(
-    model: AnySubsetLM,
+    model: Network,
     ids_TN: torch.Tensor,
     order: Order,
     config: SamplerConfig,
@@ -32,7 +32,7 @@ def sample_each(
 
 
 def sample(
-    model: AnySubsetLM,
+    model: Network,
     ids_BN: torch.Tensor,
     order: Order,
     config: SamplerConfig | None = None,

@@ -23,7 +23,7 @@ from ..errors import DataFileError
 from ..law import Law
 from ..loading import RECIPE, load
 from ..memory import call_bytes, require_memory
-from ..model import AnySubsetLM
+from ..network import Network
 from ..orders import Order, Rows, random_visible, rows_with_limit
 from ..rng import generator
 from ..tokenizer import TextTokenizer
@@ -75,7 +75,7 @@ def window_rows(order: Order, uniform_BW: torch.Tensor, k: int) -> Rows:
 
 
 @torch.no_grad()
-def make_windows(model: AnySubsetLM, ids_BN: torch.Tensor, order: Order, uniform_BW: torch.Tensor, k: int) -> Windows:
+def make_windows(model: Network, ids_BN: torch.Tensor, order: Order, uniform_BW: torch.Tensor, k: int) -> Windows:
     """One call of the trunk: a state and a teacher for every rank of every window."""
     draft = window_rows(order, uniform_BW, k)
     teacher = rows_with_limit(order, draft.rank_BR, draft.rank_BR, order.length_B)
@@ -112,7 +112,7 @@ def n_learnt(rows: Rows) -> int:
 
 
 def head_losses(
-    model: AnySubsetLM,
+    model: Network,
     head: torch.nn.Module,
     ids_BN: torch.Tensor,
     order: Order,
@@ -130,7 +130,7 @@ def head_losses(
 
 @torch.no_grad()
 def acceptance_by_index(
-    model: AnySubsetLM,
+    model: Network,
     head: DraftHead,
     rows: list[np.ndarray],
     masked_fraction: float,
@@ -174,7 +174,7 @@ def held_out_rows(config: HeldOutConfig, tokenizer: TextTokenizer, length: int) 
     return rows
 
 
-def require_memory_for_head(model: AnySubsetLM, rows_per_pass: int, max_length: int, windows: WindowConfig) -> None:
+def require_memory_for_head(model: Network, rows_per_pass: int, max_length: int, windows: WindowConfig) -> None:
     """Raise :class:`~asarm.errors.MemoryBudgetError` where a pass would not fit."""
     n_query = 2 * windows.per_row * windows.k
     need = call_bytes(model, rows_per_pass, max_length, max_length + n_query, rows_per_pass * n_query)
@@ -186,7 +186,7 @@ class HeadSteps:
     """The gradients of the steps in which a head is trained for ``model``."""
 
     trainer: Trainer
-    model: AnySubsetLM
+    model: Network
     masking: MaskingConfig
     windows: WindowConfig
     seed: int
@@ -216,7 +216,7 @@ class AcceptanceSteps:
     """The steps after which a head in training is measured on held-out rows; before the first one, the self draft."""
 
     trainer: Trainer
-    model: AnySubsetLM
+    model: Network
     untrained: DraftHead
     rows: list[np.ndarray]
     held_out: HeldOutConfig
