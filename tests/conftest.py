@@ -18,6 +18,7 @@ from asarm import AnySubsetLM, TextTokenizer
 from asarm.draft_head import DraftHead
 from asarm.drafter import attach_draft_head
 from asarm.embedded import ASSETS
+from asarm.evals import speculative
 from asarm.orders import Order
 
 HEAD_SHAPE = {"width": 8, "n_head": 2, "rank": 6}  # of a small draft head
@@ -118,6 +119,12 @@ def data_dir() -> Path:
 def text_file(tmp_path) -> Path:
     """Something to train on."""
     return write_text(tmp_path / "text.jsonl")
+
+
+@pytest.fixture
+def without_figures(monkeypatch) -> None:
+    """The comparison of samplers draws none."""
+    monkeypatch.setattr(speculative, "draw_plots", lambda *_: None)
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,6 @@ from asarm import Law, TextTokenizer
 from asarm.cli import main
 from asarm.config import DataConfig
 from asarm.errors import ModelNotFoundError, TextError
-from asarm.evals import speculative
 from asarm.infilling import infill, score_text
 from asarm.loading import load
 from asarm.tokenizer import train_byte_level_bpe
@@ -203,8 +202,7 @@ def test_a_model_without_a_tokenizer_is_told_how_to_name_one(tmp_path):
         ("nlp-infill", ["--causal_lm", "/etc"]),
     ],
 )
-def test_after_a_mistake_the_right_command_has_the_folder(command, mistake, tmp_path, monkeypatch):
-    monkeypatch.setattr(speculative, "draw_plots", lambda *_: None)  # not what is tested here
+def test_after_a_mistake_the_right_command_has_the_folder(command, mistake, tmp_path, without_figures):
     arguments = ["eval", command, "--output_dir", str(tmp_path), "--limit", "1"]
     assert main([*arguments, *mistake]) == 2
     assert not (tmp_path / "config.yaml").exists()

@@ -228,6 +228,7 @@ def test_a_kill_in_the_middle_loses_only_the_programs_in_flight(tmp_path, execut
     assert summary["complete"] and len(after) == 8 * 6 and summary["execution"]["objections"] == []
 
 
+@pytest.mark.slow
 def test_shards_share_the_execution(tmp_path, executes):
     config = settings(tmp_path, allow_code_execution=True, num_samples=2)
     parts = [evaluate(replace(config, shard=f"{i}/2")) for i in range(2)]

@@ -6,7 +6,6 @@ import pytest
 
 from asarm.errors import ConfigError, OutputDirError
 from asarm.evals import run as run_module
-from asarm.evals import speculative
 from asarm.evals.config import SpeculativeConfig
 from asarm.evals.grid import evaluate_grid, grid_report
 from asarm.samplers import SAMPLERS
@@ -14,10 +13,9 @@ from asarm.samplers import SAMPLERS
 SMALL = {"dataset": "samples", "max_length": 16, "batch_size": 3}
 
 
-def test_a_grid_is_a_run_a_cell_and_finished_cells_are_not_run_again(tmp_path, monkeypatch):
+def test_a_grid_is_a_run_a_cell_and_finished_cells_are_not_run_again(tmp_path, without_figures, monkeypatch):
     grid = {"k": [2], "order": ["any-subset", "left-to-right"]}
     small = SMALL | {"num_sequences": 3, "samplers": ["sequential", "assd"], "grid": grid}
-    monkeypatch.setattr(speculative, "draw_plots", lambda *_: None)  # of each cell; not what is tested here
     one = evaluate_grid(SpeculativeConfig(output_dir=str(tmp_path / "one"), **small))
     assert one["complete"] and [c["settings"] for c in one["cells"]] == [{"k": 2, "order": o} for o in grid["order"]]
     cell = json.loads((tmp_path / "one" / "k=2,order=left-to-right" / "summary.json").read_text())
@@ -38,9 +36,9 @@ def test_a_grid_is_a_run_a_cell_and_finished_cells_are_not_run_again(tmp_path, m
         evaluate_grid(SpeculativeConfig(output_dir=str(tmp_path / "one"), **small | {"num_sequences": 4}))
 
 
-def test_a_grid_over_models_and_samplers(tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_a_grid_over_models_and_samplers(tmp_path, without_figures):
     """One of the models has no draft head; the samplers are a setting and what the results are filed under."""
-    monkeypatch.setattr(speculative, "draw_plots", lambda *_: None)
     grid = {"model": ["tiny-english", "tiny-code"], "samplers": [[], ["parallel", "parallel:2"]]}
     small = SMALL | {"num_sequences": 2, "grid": grid, "output_dir": str(tmp_path)}
     result = evaluate_grid(SpeculativeConfig(**small))

@@ -9,7 +9,6 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast
 
 from asarm.errors import ModelNotFoundError, OutputDirError, TextError
-from asarm.evals import speculative
 from asarm.evals.config import SpeculativeConfig
 from asarm.evals.judge import Judge, windows
 from asarm.evals.speculative import evaluate, report
@@ -54,13 +53,12 @@ def nll_by_hand(folder, text: str) -> tuple[int, float]:
 
 
 def test_perplexity_equals_a_loop_over_tokens(folder):
-    judge = Judge(str(folder))
+    judge, expected = Judge(str(folder)), [nll_by_hand(folder, text) for text in TEXTS]
     assert judge.window_length == WINDOW
     for batch_size in (1, 3, 8):
-        for text, (tokens, nll) in zip(TEXTS, judge.score(TEXTS, batch_size), strict=True):
-            expected_tokens, expected = nll_by_hand(folder, text)
-            assert tokens == expected_tokens
-            assert nll == pytest.approx(expected, abs=1e-4)
+        scores = judge.score(TEXTS, batch_size)
+        assert [tokens for tokens, _ in scores] == [tokens for tokens, _ in expected]
+        assert [nll for _, nll in scores] == pytest.approx([nll for _, nll in expected], abs=1e-4)
     assert judge.score(TEXTS, 2)[2][0] > 2 * WINDOW, "the long text has several windows"
 
 
@@ -129,11 +127,6 @@ def test_a_text_that_the_judge_cannot_read_does_not_end_the_training(folder, tmp
 
 
 SMALL = {"dataset": "samples", "num_sequences": 4, "max_length": 24, "samplers": ["sequential", "parallel"]}
-
-
-@pytest.fixture
-def without_figures(monkeypatch):
-    monkeypatch.setattr(speculative, "draw_plots", lambda *_: None)
 
 
 def test_a_judge_reads_the_texts_of_a_finished_run(folder, tmp_path, without_figures, monkeypatch):

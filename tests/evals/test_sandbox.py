@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from conftest import mostly_slow
 
 from asarm.errors import SandboxError
 from asarm.evals.code_config import SANDBOXES
@@ -101,7 +102,7 @@ def double(x):
 FOOL_EXIT_STATUS = {name for name in ATTACKS if "exit status 0" in name or "SystemExit" in name or "always" in name}
 
 
-@pytest.fixture(scope="module", params=SANDBOXES[1:])
+@pytest.fixture(scope="module", params=mostly_slow(SANDBOXES[1:], quick=["bwrap", "namespaces"]))
 def sandbox(request, tmp_path_factory):
     """One way of isolating, with a temporary folder of its own: what is left there can be seen."""
     before, tempfile.tempdir = tempfile.tempdir, str(tmp_path_factory.mktemp(request.param))

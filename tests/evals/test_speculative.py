@@ -82,11 +82,14 @@ def test_summary_holds_plain_numbers_with_standard_errors(finished):
     assert verdicts == 2 * SAMPLERS[1:]  # in log-probability and in entropy
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("without_figures")
 def test_records_do_not_depend_on_the_batch_size(finished, tmp_path):
     evaluate(SpeculativeConfig(output_dir=str(tmp_path), **SMALL | {"batch_size": 5}))
     assert without_seconds(records(tmp_path)) == without_seconds(records(finished[0]))
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_the_same_settings_over_another_text_are_another_run(tmp_path):
     """``auto`` and file names say where the text comes from, not what it is."""
     text = tmp_path / "text.txt"
@@ -101,8 +104,10 @@ def test_the_same_settings_over_another_text_are_another_run(tmp_path):
         evaluate(config)
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_greedy_decoding_is_scored_under_the_model(tmp_path):
-    summary = evaluate(SpeculativeConfig(output_dir=str(tmp_path), greedy=True, **SMALL | {"num_sequences": 2}))
+    settings = SMALL | {"num_sequences": 2, "max_length": 16}
+    summary = evaluate(SpeculativeConfig(output_dir=str(tmp_path), greedy=True, **settings))
     rows = summary["samplers"]
     assert rows["sequential"]["log_prob_per_token"] < -0.1
     assert rows["assd"]["log_prob_per_token"] == pytest.approx(rows["sequential"]["log_prob_per_token"], abs=1e-6)
@@ -118,6 +123,7 @@ def test_verification_reaches_every_sampler_that_drafts():
     assert not any(block.sampler_config(name).verifies_blocks for name in ("sequential", "parallel"))
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_lossy_samplers_are_marked_in_every_record(tmp_path):
     config = SpeculativeConfig(
         output_dir=str(tmp_path), accept_slack=0.1, **SMALL | {"num_sequences": 2, "max_length": 16}
@@ -129,6 +135,7 @@ def test_lossy_samplers_are_marked_in_every_record(tmp_path):
     assert "assd (lossy)" in report(summary) and "sequential (lossy)" not in report(summary)
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_bfloat16_runs_every_sampler(tmp_path):
     summary = evaluate(
         SpeculativeConfig(output_dir=str(tmp_path), dtype="bfloat16", **SMALL | {"num_sequences": 2, "max_length": 24})
