@@ -60,14 +60,19 @@ class CausalLM:
         return parameters_fingerprint(self.model)
 
     def task(self, index: int, context: str, continuation: str | int) -> CausalTask:
-        """``continuation`` as a text, or only its number of tokens. An empty context is the start of a document."""
+        """``continuation`` as a text, or only its number of tokens. An empty context is the start of a document.
+
+        Raises :class:`TextError` for a continuation without a token in this vocabulary.
+        """
         context_ids = self._encode(context)
         if not context_ids:
             if self.tokenizer.bos_token_id is None:
                 raise TextError(f"nothing precedes the gap, and {self.name} has no token to begin a text with")
             context_ids = [self.tokenizer.bos_token_id]
-        known = isinstance(continuation, str)
-        return CausalTask(index, context_ids, self._encode(continuation) if known else [0] * continuation)
+        ids = self._encode(continuation) if isinstance(continuation, str) else [0] * continuation
+        if not ids:
+            raise TextError(f"{continuation!r} has no token in the vocabulary of {self.name}")
+        return CausalTask(index, context_ids, ids)
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)

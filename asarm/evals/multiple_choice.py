@@ -66,8 +66,6 @@ def choose_causal(
     def encode(item: ChoiceItem) -> ChoiceTask:
         sequences = [model.task(item.index, item.context, ending) for ending in item.endings]
         tokens = [len(task.continuation) for task in sequences]
-        if not all(tokens):
-            raise TextError("an ending has no token in this vocabulary")
         return ChoiceTask(item, sequences, tokens, max(task.length for task in sequences))
 
     def log_probs(tasks: list[CausalTask]) -> list[float]:

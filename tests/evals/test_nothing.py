@@ -36,14 +36,21 @@ def test_costs_per_token_are_means_over_gaps_that_have_a_token():
     assert "nfe_per_token" not in costs_and_likeness(records[1:])
 
 
-def test_a_choice_with_an_ending_without_a_token_is_left_out(small, small_gpt2, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("task", "rows"),
+    [
+        ("hellaswag", [{"ctx": "Tom ran", "endings": ["home.", last], "label": 0} for last in ("---", "away.")]),
+        ("lambada", [{"context": "Tom saw the", "continuation": last} for last in ("---", "dog")]),
+    ],
+)
+def test_a_text_whose_end_has_no_token_is_left_out(task, rows, small, small_gpt2, tmp_path, monkeypatch):
     """As a vocabulary makes of it that drops what it does not know."""
     encode = CausalLM._encode
     monkeypatch.setattr(CausalLM, "_encode", lambda model, text: [] if text == " ---" else encode(model, text))
-    rows = [{"ctx": "Tom ran", "endings": ["home.", last], "label": 0} for last in ("---", "away.")]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = {"task": "hellaswag", "data_file": str(tmp_path / "rows.jsonl"), "output_dir": str(tmp_path / "out")}
+    settings = {"task": task, "data_file": str(tmp_path / "rows.jsonl"), "output_dir": str(tmp_path / "out")}
     summary = evaluate(NlpInfillConfig(model=small, causal_lm=[small_gpt2], **settings))
-    skipped = summary["models"][f"causal {small_gpt2}"]["skipped"]
-    assert skipped == [{"index": 0, "reason": "an ending has no token in this vocabulary"}]
-    assert summary["samplers"]["joint"]["texts"] == 2 and summary["samplers"][f"causal {small_gpt2}"]["texts"] == 1
+    [skipped] = summary["models"][f"causal {small_gpt2}"]["skipped"]
+    assert skipped == {"index": 0, "reason": f"' ---' has no token in the vocabulary of {small_gpt2}"}
+    texts = {name: row["texts"] for name, row in summary["samplers"].items()}
+    assert texts["joint" if task == "hellaswag" else "assd"] == 2 and texts[f"causal {small_gpt2}"] == 1
