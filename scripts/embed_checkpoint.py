@@ -8,9 +8,10 @@ from pathlib import Path
 
 from jsonargparse import CLI
 
+from asarm import AnySubsetLM, TextTokenizer
 from asarm.embedded import ASSETS
 from asarm.export import write_model
-from asarm.loading import RECIPE, load
+from asarm.loading import RECIPE
 
 
 def main(run: str, name: str) -> None:
@@ -22,7 +23,7 @@ def main(run: str, name: str) -> None:
     """
     source, target = Path(run), ASSETS / name
     target.mkdir(parents=True, exist_ok=True)
-    model, tokenizer = load(str(source / "final"))
+    model, tokenizer = (kind.from_pretrained(source / "final") for kind in (AnySubsetLM, TextTokenizer))
     write_model(target, model.half(), tokenizer, (source / "final" / RECIPE).read_text(encoding="utf-8"))
     shutil.copy(source / "metrics.jsonl", target / "training_metrics.jsonl")
     size = sum(file.stat().st_size for file in target.iterdir())

@@ -163,6 +163,7 @@ def test_a_prompt_reads_as_the_text_with_gaps(name, data_dir):
     assert prompt_text(tokenizer, joined, [True] * len(joined)).split("\n") == ["The end.", "Once upon"]
 
 
+@pytest.mark.slow
 def test_texts_are_a_table_on_wandb(text_file, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     train(replace(validated(text_file, tmp_path / "run", validation={"every": 6}), wandb="asarm-test"))
