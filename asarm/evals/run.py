@@ -25,7 +25,7 @@ from .records import RecordLog, by_system, fingerprint, prompt_spans
 from .shards import Shard
 
 Item = TypeVar("Item")
-Loader = Callable[..., tuple[AnySubsetLM, TextTokenizer]]  # called as :func:`~asarm.loading.load` is
+Loader = Callable[..., tuple[Network, TextTokenizer]]  # called as :func:`~asarm.loading.load` is
 
 
 @dataclass(frozen=True)

@@ -106,9 +106,7 @@ def drafter_for(model: Network, config: SamplerConfig) -> Drafter | None:
     return drafter
 
 
-def require_memory_for_decoding(
-    model: AnySubsetLM, config: SamplerConfig, batch: int, length: int, n_visible: int
-) -> None:
+def require_memory_for_decoding(model: Network, config: SamplerConfig, batch: int, length: int, n_visible: int) -> None:
     """Raise :class:`~asarm.errors.MemoryBudgetError` where decoding such a batch, of which at most ``n_visible`` tokens
     a sequence are given, would not fit."""
     rows = 1 + config.k + config.sampler.query_rows(config.k)
