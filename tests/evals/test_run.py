@@ -81,6 +81,7 @@ def test_shards_hold_every_item_once():
     assert sorted(taken) == items
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_processes_that_share_a_run_leave_what_one_process_leaves(tmp_path):
     whole, shared = tmp_path / "whole", tmp_path / "shared"
     one = evaluate(SpeculativeConfig(output_dir=str(whole), **SMALL))
