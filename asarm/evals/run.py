@@ -62,15 +62,16 @@ class EvalRun:
         draft head for.
         """
         config = self.config
-        models = [("", config.model, config.revision)]
+        models = [("", config.model, config.revision, config.draft_head)]
         for baseline in config.baselines:
-            models.append((f"{baseline} ", *name_and_revision(baseline)))
-        for prefix, name, revision in models:
-            model, tokenizer = load(name, revision, dtype=config.dtype, **config.tokenizer_settings)
+            models.append((f"{baseline} ", *name_and_revision(baseline), None))
+        for prefix, name, revision, head in models:
+            settings = {"dtype": config.dtype, "draft_head": head} | config.tokenizer_settings
+            model, tokenizer = load(name, revision, **settings)
             self.log.identify(f"{prefix}model", {"weights": model.fingerprint()})
-            has = all_samplers(model)
-            names = has if not config.samplers else config.samplers
+            names = config.samplers or all_samplers(model)
             if prefix:
+                has = all_samplers(model)
                 names = [name for name in names if form_of(name) in has]
             yield EvaluatedModel(prefix, model, tokenizer, {name: config.sampler_config(name) for name in names})
 
@@ -90,7 +91,9 @@ class EvalRun:
         """Decode what is left to do with each of the model's samplers, and record it with what ``describe`` says of its
         ids."""
         for sampler in evaluated.samplers.values():
-            drafter_for(evaluated.model, sampler)  # a missing draft head is an error now, not when others are done
+            if drafter := drafter_for(evaluated.model, sampler):  # a missing one is an error now, not later
+                head = {"weights": drafter.head.fingerprint()}
+                self.log.identify(f"{evaluated.prefix}draft head", head)
         todo = {name: self.todo(evaluated.prefix + name, tasks) for name in evaluated.samplers}
         bar = tqdm(total=len(self.shard.take(tasks)) * len(todo), unit="seq", desc=f"{evaluated.prefix}decode")
         bar.update(bar.total - sum(map(len, todo.values())))

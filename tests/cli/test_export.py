@@ -105,7 +105,7 @@ def test_a_folder_that_is_not_empty_is_left_alone(tmp_path, capsys):
 def test_the_embedded_checkpoints_are_what_is_written(tmp_path):
     """The script that embeds a run's model writes the tokenizer's files as they are in the tree."""
     for name in ("tiny-english", "tiny-code"):
-        model, tokenizer = load(name)
+        model, tokenizer = AnySubsetLM.from_pretrained(name), TextTokenizer.from_pretrained(name)
         recipe = (ASSETS / name / "training_config.yaml").read_text()
         (tmp_path / name).mkdir()
         write_model(tmp_path / name, model.half(), tokenizer, recipe)
