@@ -35,7 +35,7 @@ def run_infill(config: InfillConfig) -> None:
     from .infilling import infill
     from .loading import load
 
-    model, tokenizer = load(config.model, config.revision, **config.tokenizer_settings)
+    model, tokenizer = load(config.model, config.revision, **config.tokenizer_settings, draft_head=config.draft_head)
     texts = infill(model, tokenizer, text, config.sampler_config(config.sampler), config.num_samples, config.seed)
     if config.json:
         print(json.dumps(asdict(config) | {"text": text, "infills": texts}, ensure_ascii=False))

@@ -3,12 +3,21 @@
 Those of the evaluations, which build on them, are in :mod:`asarm.evals.config`. Imports nothing heavy.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from .config import SamplerConfig, require
+from .samplers import SAMPLERS, find_sampler
 
 DTYPES = ("float32", "bfloat16")
 WORDS = {"separator": ","}  # a list field that may also be given as one word with commas
+
+
+def require_use_of_draft_head(draft_head: str | None, samplers: Iterable[str]) -> None:
+    """Raise :class:`~asarm.errors.ConfigError` for a draft head that none of the samplers would draft with."""
+    drafts_with_head = any(find_sampler(name).drafts == "head" for name in samplers)
+    have = ", ".join(name for name, sampler in SAMPLERS.items() if sampler.drafts == "head")
+    require(draft_head is None or drafts_with_head, "draft_head", draft_head, f"used with a sampler of {have}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +91,8 @@ class SamplingConfig(ModelConfig):
         greedy: always the most likely token.
         top_k: draw only from so many most likely tokens.
         top_p: draw only from the fewest tokens that hold this share of the probability.
+        draft_head: folder or Hub id (@revision) that holds the folder draft_head or is one, for the samplers that draft
+            with a head (default: the model's own).
         compile: run rounds through torch.compile.
     """
 
@@ -90,6 +101,7 @@ class SamplingConfig(ModelConfig):
     greedy: bool = False
     top_k: int | None = None
     top_p: float | None = None
+    draft_head: str | None = None
     compile: bool = False
 
     def sampler_config(self, name: str, **settings) -> SamplerConfig:
@@ -117,6 +129,7 @@ class InfillConfig(SamplingConfig):
         super().__post_init__()
         require(self.num_samples >= 1, "num_samples", self.num_samples, "at least 1")
         self.sampler_config(self.sampler)
+        require_use_of_draft_head(self.draft_head, [self.sampler])
 
     def sampler_config(self, name: str, **settings) -> SamplerConfig:
         return super().sampler_config(name, one_pass=None, **settings)

@@ -24,6 +24,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedConfig
 
+from .embedded import resolve_model
 from .errors import CheckpointMismatchError, ConfigError, ModelNotFoundError, reason
 from .network import Network
 from .orders import Order
@@ -169,12 +170,13 @@ class DraftHead(Checkpointed):
         """Write the folder ``draft_head`` inside ``save_directory``, which is the trunk's folder or any other."""
         folder = Path(save_directory) / FOLDER
         self.config.save_pretrained(folder)
-        save_file({name: x.contiguous() for name, x in self.state_dict().items()}, folder / WEIGHTS)
+        weights = {name: x.contiguous() for name, x in self.state_dict().items()}
+        save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
 
     @classmethod
     def from_pretrained(cls, name_or_path, trunk: Network, revision: str = "main") -> "DraftHead":
-        """Load the head in the folder ``draft_head`` of an embedded model, a local folder or a Hub id, ready to draft
-        for ``trunk``: in evaluation mode, with the trunk's type and device.
+        """Load the head in the folder ``draft_head`` of an embedded model, a local folder or a Hub id (or that is one
+        itself), ready to draft for ``trunk``: in evaluation mode, with the trunk's type and device.
 
         Raises :class:`ModelNotFoundError` where there is none and :class:`CheckpointMismatchError` for one that was
         trained for another trunk.
@@ -186,7 +188,8 @@ class DraftHead(Checkpointed):
     @classmethod
     def _load(cls, name_or_path, revision: str, dtype: torch.dtype) -> "DraftHead":
         try:
-            return load_plain(cls, DraftHeadConfig, name_or_path, revision, dtype, FOLDER)
+            folder = "" if is_draft_head(name_or_path, revision) else FOLDER
+            return load_plain(cls, DraftHeadConfig, name_or_path, revision, dtype, folder)
         except OSError as error:
             raise ModelNotFoundError(
                 f"no draft head in {str(name_or_path)!r} at revision {revision!r}: make one with "
@@ -225,6 +228,15 @@ def require_trunk(head: DraftHead, trunk: Network, name: str) -> None:
             f"the draft head of {name!r} was trained for the model with fingerprint {expected}, this one has {found}; "
             "train one for it with python -m asarm train-draft-head"
         )
+
+
+def is_draft_head(name_or_path, revision: str) -> bool:
+    """Whether a name leads to the folder of a draft head itself, and not to one that holds such a folder."""
+    try:
+        settings, _ = DraftHeadConfig.get_config_dict(resolve_model(name_or_path, revision), revision=revision)
+    except OSError:
+        return False
+    return settings.get("model_type") == DraftHeadConfig.model_type
 
 
 def find_draft_head(name_or_path, trunk: Network, revision: str = "main") -> DraftHead | None:

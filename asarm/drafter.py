@@ -115,7 +115,17 @@ def attach_draft_head(trunk: Network, head: DraftHead) -> None:
     """Let samplers of ``trunk`` draft with a copy of ``head``, as it is now, instead of one that lies beside the
     trunk's files."""
     require_trunk(head, trunk, "the head to attach")
-    _HEADS[trunk], _DRAFTERS[trunk] = deepcopy(head).to(trunk.device, trunk.dtype).eval(), {}
+    _keep(trunk, deepcopy(head))
+
+
+def load_draft_head(trunk: Network, name_or_path, revision: str = "main") -> None:
+    """Let samplers of ``trunk`` draft with the head of a folder or Hub id instead (:meth:`DraftHead.from_pretrained`,
+    which refuses one of another trunk)."""
+    _keep(trunk, DraftHead.from_pretrained(name_or_path, trunk, revision))
+
+
+def _keep(trunk: Network, head: DraftHead) -> None:
+    _HEADS[trunk], _DRAFTERS[trunk] = head.to(trunk.device, trunk.dtype).eval(), {}
 
 
 def drafter_of(trunk: Network, compile: bool = False) -> Drafter | None:
@@ -123,12 +133,11 @@ def drafter_of(trunk: Network, compile: bool = False) -> Drafter | None:
     on its device; None where there is neither."""
     head = _HEADS.get(trunk)
     if head is None and trunk.name_or_path:
-        revision = getattr(trunk.config, "_commit_hash", None) or "main"
-        head = find_draft_head(trunk.name_or_path, trunk, revision)
+        head = find_draft_head(trunk.name_or_path, trunk, trunk.revision)
     if head is None:
         return None
     if head is not _HEADS.get(trunk) or (head.dtype, head.device) != (trunk.dtype, trunk.device):
-        attach_draft_head(trunk, head)
+        _keep(trunk, head)
     drafters = _DRAFTERS[trunk]
     if compile not in drafters:
         drafters[compile] = Drafter(_HEADS[trunk], compile)

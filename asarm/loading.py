@@ -8,6 +8,7 @@ import yaml
 from transformers import XLNetConfig
 from transformers.utils import logging
 
+from .drafter import load_draft_head
 from .engine import warn_if_emulated
 from .errors import CheckpointMismatchError, ModelNotFoundError, UserError, reason
 from .network import Network
@@ -24,22 +25,29 @@ def load(
     dtype: str = "float32",
     whitespace_map: str | None = None,
     document_end: str | None = None,
+    draft_head: str | None = None,
 ) -> tuple[Network, TextTokenizer]:
     """Both, on the GPU where there is one; the tokenizer from ``tokenizer`` or from the model's own place, with the
-    whitespace map and the document end that are stored there, unless they are given."""
+    whitespace map and the document end that are stored there, unless they are given. ``draft_head`` (a folder or Hub
+    id, @revision behind it or not) drafts for the model instead of its own."""
     logging.disable_progress_bar()
     loaded_tokenizer = load_tokenizer(model, revision, tokenizer, whitespace_map, document_end)
     loaded = load_network(model, revision, getattr(torch, dtype))
     check_vocabulary(loaded, loaded_tokenizer)
     warn_if_emulated(this_device(), loaded.dtype, "dtype float32")
-    return loaded.to(this_device()).eval(), loaded_tokenizer
+    loaded.to(this_device()).eval()
+    if draft_head is not None:
+        load_draft_head(loaded, *name_and_revision(draft_head))
+    return loaded, loaded_tokenizer
 
 
 def load_network(name_or_path: str, revision: str, dtype: torch.dtype) -> Network:
     """That of :meth:`asarm.model.AnySubsetLM.from_pretrained`, which takes over where the short way does not lead to
     one: it knows other forms of checkpoint, and why there is none."""
     try:
-        return load_plain(Network, XLNetConfig, name_or_path, revision, dtype)
+        network = load_plain(Network, XLNetConfig, name_or_path, revision, dtype)
+        network.revision = revision
+        return network
     except (OSError, UserError):
         from .model import AnySubsetLM
 

@@ -73,4 +73,5 @@ class AnySubsetLM(Network, PreTrainedModel):
         )
         for layer in model.layers:
             layer.rel_attn.freeze_segment_terms()  # the library makes parameters anew when it loads them
+        model.revision = revision
         return (model, info) if want_info else model

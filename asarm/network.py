@@ -79,7 +79,10 @@ class Trunk(nn.Module):
 
 class Network(Checkpointed):
     """An any-subset network on the architecture of ``config``, an ``XLNetConfig`` with bidirectional attention; its
-    optional ``mask_token_id`` (default 6, XLNet's) names the token that is never drawn."""
+    optional ``mask_token_id`` (default 6, XLNet's) names the token that is never drawn. ``name_or_path`` and
+    ``revision`` say where it was loaded from, if it was."""
+
+    revision = "main"
 
     def __init__(self, config: XLNetConfig):
         require_architecture(config)

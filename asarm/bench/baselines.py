@@ -25,7 +25,7 @@ def xlnet_call_seconds(
     def call() -> None:
         model(ids_1N, perm_mask=perm_mask_1NN, target_mapping=target_mapping_1QN, use_mems=False)
 
-    return median_seconds(call, device, repeats=3)
+    return median_seconds(call, device, repeats=2)
 
 
 def gpt2(device: torch.device, dtype: torch.dtype) -> GPT2LMHeadModel:
@@ -48,6 +48,6 @@ def gpt2_token_seconds(model: GPT2LMHeadModel, length: int, batch: int) -> float
             cache.crop(prompt_BN.shape[1] - 1 - cache.get_seq_length())  # so many fewer
             model.generate(prompt_BN, attention_mask=torch.ones_like(prompt_BN), past_key_values=cache, **settings)
 
-        return median_seconds(generate, model.device, repeats=3)
+        return median_seconds(generate, model.device, repeats=2)
 
     return (seconds(GPT2_TOKENS + 1) - seconds(1)) / GPT2_TOKENS

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from ..command_config import WORDS
+from ..command_config import WORDS, require_use_of_draft_head
 from ..config import SamplerConfig, require
 
 ARCHITECTURES = {
@@ -11,6 +11,7 @@ ARCHITECTURES = {
 }
 POINTS = (0.25, 0.75)  # of the way through the masked tokens: where rounds are timed
 WARM_UP = 3  # rounds that are not counted where rounds are recorded (the third is) or compiled; else one
+LONG = 1.0  # seconds of timed rounds that are enough at a point
 LEAST_LENGTH = 64
 DTYPES = ("float32", "bfloat16")
 
@@ -28,11 +29,14 @@ class BenchDecodeConfig:
         dtypes: float32, bfloat16 (default: both, without what the machine only emulates).
         samplers: as in the evaluations, all with the same k.
         compile: run rounds through torch.compile.
-        rounds: timed rounds at each of two points on the way through a sequence.
+        rounds: timed rounds at each of two points on the way through a sequence; fewer where that is longer than a
+            second.
         baseline: time Hugging Face's uncached XLNet and cached GPT-2 small as well.
         memory_lengths: lengths to measure the peak memory of one sequence at.
         acceptance_model: a trained model, for the calls per token that random weights cannot show.
         acceptance_sequences: its sequences of 128 tokens.
+        draft_head: folder or Hub id (@revision) that holds the folder draft_head or is one, for the acceptance model
+            (default: its own).
         num_threads: CPU threads (default: all).
         seed: of weights, masks and samples.
     """
@@ -48,11 +52,12 @@ class BenchDecodeConfig:
         metadata=WORDS,
     )
     compile: bool = False
-    rounds: int = 2
+    rounds: int = 4
     baseline: bool = True
     memory_lengths: list[int] = field(default_factory=lambda: [512], metadata=WORDS)
     acceptance_model: str = "tiny-english"
     acceptance_sequences: int = 8
+    draft_head: str | None = None
     num_threads: int | None = None
     seed: int = 0
 
@@ -73,6 +78,7 @@ class BenchDecodeConfig:
         for name in self.samplers:
             self.sampler_config(name)
             require(":" not in name, "samplers", name, "without a k of their own: give one for all with --k")
+        require_use_of_draft_head(self.draft_head, self.samplers)
 
     def most_drawn(self, rounds: int) -> int:
         """The most tokens that the rounds at one point draw: those to warm up, ``rounds``, and one whose calls are

@@ -25,15 +25,16 @@ from ..orders import Order
 from ..samplers import find_sampler
 from ..sampling.cuda_graphs import prepared, shape_by_shape
 from ..sampling.decoding import Decoding, drafter_for
+from ..tokenizer import TextTokenizer
 from .clock import as_decoded, median_seconds, synchronise
-from .config import ARCHITECTURES, POINTS, WARM_UP, BenchDecodeConfig
+from .config import ARCHITECTURES, LONG, POINTS, WARM_UP, BenchDecodeConfig
 
 ACCEPTANCE_LENGTH = 128
 
 
 def model_of(config: BenchDecodeConfig, device: torch.device, dtype: str) -> Network:
     if config.size not in ARCHITECTURES:
-        return load(config.size, dtype=dtype)[0]
+        return _load(config, config.size, dtype)[0]
     torch.manual_seed(config.seed)
     architecture = XLNetConfig(**ARCHITECTURES[config.size], mem_len=None)
     model = AnySubsetLM(architecture).to(device, getattr(torch, dtype)).eval()
@@ -42,18 +43,23 @@ def model_of(config: BenchDecodeConfig, device: torch.device, dtype: str) -> Net
     return model
 
 
+def _load(config: BenchDecodeConfig, name: str, dtype: str = "float32") -> tuple[Network, TextTokenizer]:
+    head = config.draft_head if name == config.acceptance_model else None
+    return load(name, dtype=dtype, draft_head=head)
+
+
 def require_draft_heads(config: BenchDecodeConfig) -> None:
     """Raise :class:`~asarm.errors.ConfigError` before anything is timed where a trained model has not the draft head
     that a sampler needs."""
     for model in {config.size, config.acceptance_model} - ARCHITECTURES.keys():
-        loaded, _ = load(model)
+        loaded, _ = _load(config, model)
         for name in config.samplers:
             drafter_for(loaded, config.sampler_config(name))
 
 
 def acceptance_of(config: BenchDecodeConfig) -> dict[str, dict]:
     """Calls and rounds per token of every sampler, with a trained model on held-out text, in float32."""
-    model, tokenizer = load(config.acceptance_model)
+    model, tokenizer = _load(config, config.acceptance_model)
     _, documents = load_text("samples", None, None, "validation")
     rows = [row for row in pack_all(documents, tokenizer, ACCEPTANCE_LENGTH) if len(row) == ACCEPTANCE_LENGTH]
     tasks = mask_rows(rows[: config.acceptance_sequences], 1 - config.masked_fraction, config.seed)
@@ -160,7 +166,7 @@ def round_seconds(
     """Median times of a round, and of a network call of it (vocabulary projection included), after ``point`` of the
     masked tokens are drawn.
 
-    The calls of one more round are noted and made again by themselves.
+    The calls of one more round are noted and made again by themselves, as often as rounds were timed.
     """
     generator = torch.Generator().manual_seed(config.seed)
     order = order_after(config, batch_size, point, generator).to(model.device)
@@ -172,7 +178,8 @@ def round_seconds(
     warm_up = WARM_UP if state.engine.static else 1
 
     def timed_round(state: Decoding) -> None:
-        if len(seconds) == warm_up + config.rounds:
+        timed = seconds[warm_up:]
+        if len(timed) == config.rounds or sum(timed) > LONG:
             state.engine = engine
             sampler.play_round(state)
             state.settle(state.order.length_B, state.order.length_B, backlog=1)
@@ -186,5 +193,6 @@ def round_seconds(
     for _ in state.run(timed_round):
         pass
     again = shape_by_shape(engine.again) if config.compile else engine.again
-    calls = median_seconds(as_decoded(again, model.device), model.device, config.rounds)
+    n_timed = len(seconds) - warm_up
+    calls = median_seconds(as_decoded(again, model.device), model.device, n_timed, warm_up - 1)
     return statistics.median(seconds[warm_up:]), calls / sampler.calls_per_round

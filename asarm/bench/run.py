@@ -49,7 +49,7 @@ class Bench:
             yield Cell(f"{dtype}, models", 4000 + 8 * config.length * config.baseline, self._begin, (dtype,))
             for batch_size in config.batch_sizes:
                 for name in config.samplers:
-                    work = self._work_of_a_round(name, batch_size) * len(POINTS) * (2 * config.rounds + 3)
+                    work = self._work_of_a_round(name, batch_size) * len(POINTS) * 6
                     yield Cell(f"{dtype}, batch {batch_size}, {name}", work, self._time_sampler, (batch_size, name))
                 if config.baseline:
                     work = config.length + 50 * max(FEW_ROWS, batch_size)

@@ -5,9 +5,9 @@ from inspect import formatannotation
 from itertools import product
 from typing import get_args, get_origin
 
-from ..command_config import WORDS, SamplingConfig
+from ..command_config import WORDS, SamplingConfig, require_use_of_draft_head
 from ..config import SamplerConfig, require
-from ..samplers import find_sampler
+from ..samplers import SAMPLERS, find_sampler
 from .nlp_tasks import NLP_TASKS
 from .protocols import PROTOCOLS, Protocol
 
@@ -23,7 +23,8 @@ class DecodingConfig(SamplingConfig):
         output_dir: receives config.yaml, records.jsonl and summary.json; a run that was stopped goes on there.
         samplers: sequential, assd, assd+one-pass, assd-head, assd-head+one-pass, assd-ngram, parallel (biased); with a
             k of its own: assd:8.
-        baselines: further models (name, or Hub id@revision), with the same samplers in the same run.
+        baselines: further models (name, or Hub id@revision), with the same samplers in the same run, each with its own
+            draft head.
         bonus_token: one more token after k accepted drafts (one-pass forms always draw it).
         verification: of drafts (assd forms): token (each by itself) or block (a round's together: fewer calls, the same
             law); default: block with assd-head, else token.
@@ -54,6 +55,7 @@ class DecodingConfig(SamplingConfig):
         require(len(set(self.samplers)) == len(self.samplers), "samplers", self.samplers, "without repetition")
         for name in self.samplers or ["assd"]:  # the settings are checked now, whatever samplers the model will have
             self.sampler_config(name)
+        require_use_of_draft_head(self.draft_head, self.samplers or SAMPLERS)
 
     def sampler_config(self, name: str, **settings) -> SamplerConfig:
         sampler = find_sampler(name)

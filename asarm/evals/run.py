@@ -64,15 +64,16 @@ class EvalRun:
         draft head for.
         """
         config = self.config
-        models = [("", config.model, config.revision)]
+        models = [("", config.model, config.revision, config.draft_head)]
         for baseline in config.baselines:
-            models.append((f"{baseline} ", *name_and_revision(baseline)))
-        for prefix, name, revision in models:
-            model, tokenizer = (loader or load)(name, revision, dtype=config.dtype, **config.tokenizer_settings)
+            models.append((f"{baseline} ", *name_and_revision(baseline), None))
+        for prefix, name, revision, head in models:
+            settings = {"dtype": config.dtype, "draft_head": head} | config.tokenizer_settings
+            model, tokenizer = (loader or load)(name, revision, **settings)
             self.log.identify(f"{prefix}model", {"weights": model.fingerprint()})
-            has = all_samplers(model)
-            names = has if not config.samplers else config.samplers
+            names = config.samplers or all_samplers(model)
             if prefix:
+                has = all_samplers(model)
                 names = [name for name in names if form_of(name) in has]
             yield EvaluatedModel(prefix, model, tokenizer, {name: config.sampler_config(name) for name in names})
 
@@ -92,7 +93,9 @@ class EvalRun:
         batch_size, length = min(self.config.batch_size, len(tasks)), max(len(task.ids) for task in tasks)
         n_visible = max(sum(task.visible) for task in tasks)
         for sampler in evaluated.samplers.values():
-            drafter_for(evaluated.model, sampler)
+            if drafter := drafter_for(evaluated.model, sampler):
+                head = {"weights": drafter.head.fingerprint()}
+                self.log.identify(f"{evaluated.prefix}draft head", head)
             require_memory_for_decoding(evaluated.model, sampler, batch_size, length, n_visible)
         return {name: self.todo(evaluated.prefix + name, tasks) for name in evaluated.samplers}
 

@@ -124,5 +124,5 @@ def test_gpt2_reads_its_prompt_once_and_then_a_token_at_a_time(monkeypatch, batc
     monkeypatch.setattr(model, "forward", noted)
     baselines.gpt2_token_seconds(model, 64, batch_size)
     assert shapes[0] == (1, 31) and set(shapes[1:]) == {(batch_size, 1)}
-    assert len(shapes) == 1 + 4 * (baselines.GPT2_TOKENS + 1) + 4
+    assert len(shapes) == 1 + 3 * (baselines.GPT2_TOKENS + 1) + 3
     assert lengths[1 : baselines.GPT2_TOKENS + 2] == list(range(31, 31 + baselines.GPT2_TOKENS + 1))
