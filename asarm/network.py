@@ -89,13 +89,13 @@ class Network(Checkpointed):
         super().__init__()
         self.config, self.name_or_path = config, config.name_or_path
         self.make_layers()
+        if config.tie_word_embeddings:
+            self.lm_loss.weight = self.transformer.word_embedding.weight
 
     def make_layers(self) -> None:
         self.recompute = False  # layers in the backward pass, instead of keeping their activations
         self.transformer = Trunk(self.config)
         self.lm_loss = nn.Linear(self.config.d_model, self.config.vocab_size)
-        if self.config.tie_word_embeddings:
-            self.lm_loss.weight = self.transformer.word_embedding.weight
 
     @property
     def layers(self) -> list[Layer]:
