@@ -104,8 +104,8 @@ def load_plain(
     what = f"checkpoint {str(Path(name_or_path, subfolder))!r}"
     try:
         config = config_class.from_pretrained(path, **place)
-        if (state := Path(path) / STATE).is_file() and not Path(path, subfolder, WEIGHTS).exists():
-            stored = trained_weights(state)
+        if only_in_state(path, subfolder):
+            stored = trained_weights(Path(path) / STATE)
         else:
             commit = getattr(config, "_commit_hash", None)
             stored = load_file(cached_file(path, WEIGHTS, **place, _commit_hash=commit))
@@ -125,6 +125,11 @@ def load_plain(
     return module.eval()
 
 
+def only_in_state(place: str, subfolder: str = "") -> bool:
+    """Whether a place is a training run's checkpoint, whose weights lie in ``state.pt`` alone."""
+    return (Path(place) / STATE).is_file() and not Path(place, subfolder, WEIGHTS).exists()
+
+
 def find_file(name_or_path, file: str, revision: str = "main", folder: str = "") -> Path | None:
     """A file that a model may have, in a ``folder`` of its place or beside the weights; None where there is none."""
     found = cached_file(
@@ -142,7 +147,7 @@ def find_file(name_or_path, file: str, revision: str = "main", folder: str = "")
 def pretrained_loader(from_pretrained: Callable[..., Model], config_class: type, place: str, *args) -> Callable:
     """``from_pretrained`` (of ``PreTrainedModel``) with its place filled in: a folder or a Hub id, or a checkpoint of a
     training run, in which only the configuration is."""
-    if (Path(place) / STATE).is_file() and not (Path(place) / WEIGHTS).exists():
+    if only_in_state(place):
         return partial(_from_state, from_pretrained, config_class, place, *args)
     return partial(from_pretrained, place, *args)
 
